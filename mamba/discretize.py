@@ -1,0 +1,127 @@
+"""From a differential equation to a recurrence: four rules, one interface.
+
+A linear state space model changes continuously,
+
+    h'(t) = A h(t) + B x(t),
+
+but tokens arrive one at a time. Every rule here assumes that the input x_t is held constant for
+a time Δ (``delta``), and returns the matrices of the recurrence
+
+    h_t = A_bar h_{t-1} + B_bar x_t,
+
+where h_t is the state at the *end* of the interval in which x_t was held.
+
+For a dense A: (n, n), B: (n,), delta a scalar. For a diagonal A, the functions that end in
+``_diag`` work elementwise on arrays of any shapes that broadcast, so one call discretizes a whole
+bank of channels, each with its own time step. Δ is a time; A is a rate (1 / time).
+"""
+
+import jax.numpy as jnp
+from jax.scipy.linalg import expm
+
+__all__ = [
+    "bilinear",
+    "bilinear_diag",
+    "euler",
+    "euler_diag",
+    "mixed_diag",
+    "zoh",
+    "zoh_diag",
+]
+
+
+def zoh(A, B, delta):
+    """Zero-order hold: the exact solution over one interval of constant input.
+
+        A_bar = exp(Δ A),    B_bar = ∫₀^Δ exp(s A) ds · B
+
+    A: (n, n), B: (n,), delta: scalar -> A_bar (n, n), B_bar (n,). A may be singular: both
+    matrices are read off one exponential, exp(Δ [[A, B], [0, 0]]) = [[A_bar, B_bar], [0, 1]],
+    which needs no inverse. Source: Van Loan (1978); Mamba (Gu & Dao, 2023), Eq. 4.
+    """
+    A, B = _check_dense(A, B)
+    n = A.shape[0]
+    augmented = jnp.zeros((n + 1, n + 1), jnp.result_type(A, B)).at[:n, :n].set(A).at[:n, n].set(B)
+    M = expm(delta * augmented)  # (n + 1, n + 1)
+    return M[:n, :n], M[:n, n]  # (n, n), (n,)
+
+
+def euler(A, B, delta):
+    """Forward Euler: follow the slope at the start of the interval.
+
+        A_bar = I + Δ A,    B_bar = Δ B
+
+    A: (n, n), B: (n,), delta: scalar -> A_bar (n, n), B_bar (n,). First order in Δ; stable only
+    while every eigenvalue of A satisfies |1 + Δ λ| ≤ 1.
+    """
+    A, B = _check_dense(A, B)
+    return jnp.eye(A.shape[0], dtype=A.dtype) + delta * A, delta * B  # (n, n), (n,)
+
+
+def bilinear(A, B, delta):
+    """Bilinear (Tustin, trapezoidal): average the slopes at both ends of the interval.
+
+        A_bar = (I − Δ/2 A)⁻¹ (I + Δ/2 A),    B_bar = (I − Δ/2 A)⁻¹ Δ B
+
+    A: (n, n), B: (n,), delta: scalar -> A_bar (n, n), B_bar (n,). Second order in Δ; stable for
+    every Δ > 0 when A is stable. S4 (Gu et al., 2022), Eq. 3, uses this rule.
+    """
+    A, B = _check_dense(A, B)
+    eye = jnp.eye(A.shape[0], dtype=A.dtype)
+    half = delta / 2 * A
+    rhs = jnp.concatenate([eye + half, delta * B[:, None]], axis=1)  # (n, n + 1)
+    M = jnp.linalg.solve(eye - half, rhs)  # (n, n + 1)
+    return M[:, :-1], M[:, -1]  # (n, n), (n,)
+
+
+def zoh_diag(A, B, delta):
+    """Zero-order hold for a diagonal A, elementwise.
+
+        A_bar = exp(Δ A),    B_bar = (exp(Δ A) − 1) / A · B
+
+    A, B, delta: any shapes that broadcast -> A_bar, B_bar. ``expm1`` keeps the quotient accurate
+    for small Δ A, and its limit Δ B is used (with a finite gradient) where A is exactly 0.
+    """
+    z = delta * A
+    zero = z == 0
+    safe = jnp.where(
+        zero, 1.0, z
+    )  # the division must be finite on both branches, or its gradient is NaN
+    ratio = jnp.where(zero, 1.0 + z / 2, jnp.expm1(safe) / safe)
+    return jnp.exp(z), delta * ratio * B
+
+
+def euler_diag(A, B, delta):
+    """Forward Euler for a diagonal A, elementwise: A_bar = 1 + Δ A, B_bar = Δ B."""
+    return 1 + delta * A, delta * B
+
+
+def bilinear_diag(A, B, delta):
+    """Bilinear for a diagonal A, elementwise.
+
+    A_bar = (1 + Δ A/2) / (1 − Δ A/2),    B_bar = Δ B / (1 − Δ A/2)
+    """
+    half = delta * A / 2
+    return (1 + half) / (1 - half), delta * B / (1 - half)
+
+
+def mixed_diag(A, B, delta):
+    """Mamba's own mix: zero-order hold for A, Euler for B, elementwise.
+
+        A_bar = exp(Δ A),    B_bar = Δ B
+
+    A, B, delta: any shapes that broadcast -> A_bar, B_bar. The paper's Eq. 4 writes zero-order hold
+    for both; the released code, and so every pretrained weight, uses this rule (state-spaces/mamba,
+    issues 114 and 121). It is exact for the memory and first order in Δ for the input.
+    """
+    return jnp.exp(delta * A), delta * B
+
+
+def _check_dense(A, B):
+    A, B = jnp.asarray(A), jnp.asarray(B)
+    if A.ndim != 2 or A.shape[0] != A.shape[1] or B.shape != A.shape[:1]:
+        raise ValueError(
+            f"expected A of shape (n, n) and B of shape (n,), got {A.shape} and {B.shape}; "
+            "for a diagonal A given by its entries, use the function that ends in _diag"
+        )
+    return A, B
