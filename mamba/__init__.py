@@ -1,16 +1,26 @@
-"""Mamba, the selective state space model, in JAX: the module that the book is about."""
+"""Mamba, the selective state space model, in JAX: the module that the book is about.
 
+    model, params = Mamba.from_pretrained("state-spaces/mamba-370m")
+    logits = model.apply({"params": params}, tokens)
+    text = generate(model, key=key, params=params, tokenizer=tokenizer, prompt=..., ...)
+"""
+
+from mamba.generate import generate, stream
 from mamba.model import LayerState, Mamba, MambaBlock, MambaConfig, ResidualBlock, RMSNorm
+from mamba.pretrained import EMBEDDED
 from mamba.scan import selective_scan
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EMBEDDED",
     "LayerState",
     "Mamba",
     "MambaBlock",
     "MambaConfig",
     "RMSNorm",
     "ResidualBlock",
+    "generate",
     "selective_scan",
+    "stream",
 ]

@@ -24,7 +24,7 @@ END_OF_TEXT = "<|endoftext|>"  # as both our tokenizer and GPT-NeoX's call it
 
 
 def main(argv=None):
-    """Run the command -> its exit code: 0; 1 after an error, 2 for wrong usage, 130 after Ctrl-C."""
+    """Run the command -> its exit code: 0, 1 after an error, 2 for wrong usage, 130 for Ctrl-C."""
     parser = _parser()
     args = parser.parse_args(argv)
     args.top_k = args.top_k or None

@@ -49,7 +49,7 @@ def read_tensors(path):
 def write_tensors(path, arrays):
     """Write {name: array} as a safetensors file. Arrays may be bfloat16 (ml_dtypes)."""
     # The library writes memory as it lies: an array in another order would come back shuffled.
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     # Other readers look for this entry; the bytes are the same for every framework.
     safetensors.numpy.save_file(contiguous, str(path), metadata={"format": "pt"})
 

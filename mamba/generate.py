@@ -39,8 +39,9 @@ def generate(
     model, params: as ``Mamba.from_pretrained`` returns them.   key: a JAX random key; the same key
     gives the same text, and every row and token draws with a key of its own.   tokenizer: one of
     ``transformers`` or ``tokenizers``, with the special tokens it adds to a prompt by default.
-    prompt: str -> str, list of str -> list of str: each prompt followed by its continuation. A row of
-    a list continues as it would alone: exactly when greedy (temperature=0), row 0 also when sampled.
+    prompt: str -> str, list of str -> list of str: each prompt followed by its continuation. In a
+    list, a row's text does not depend on its neighbours; row i draws with ``fold_in(key, i)``, and a
+    prompt alone is row 0, so that greedily (temperature=0) each continues as it would alone.
     eos_token_id: where this token comes, the text ends, without it; None never ends early.
 
     Tokens that the model or the tokenizer does not have (padding of the embedding) are never drawn.
@@ -56,9 +57,10 @@ def generate(
     rows = _loop(
         model, params, token, carry, n, eos, temperature, size=_bucket(n), top_k=top_k, top_p=top_p
     )  # (b, size)
+    rows = np.asarray(rows)[:, :n].tolist()
     texts = [
         start + "".join(_pieces(tokenizer, context, row, eos_token_id))
-        for start, context, row in zip(prompts, contexts, np.asarray(rows)[:, :n].tolist(), strict=True)
+        for start, context, row in zip(prompts, contexts, rows, strict=True)
     ]
     return texts[0] if isinstance(prompt, str) else texts
 
@@ -76,12 +78,12 @@ def stream(
     top_p=None,
     eos_token_id=None,
 ):
-    """Continue one prompt, yielding the text while it grows; arguments and errors as ``generate``'s.
+    """Continue one prompt, yielding the text as it grows; arguments and errors as ``generate``'s.
 
-    The prompt itself is not yielded. One piece comes per token; it is "" while the tokens so far end
-    inside a character of several bytes, which is held back until it is whole. (What is left when the
-    last token leaves one unfinished comes as one more piece.) Joined, the pieces are the continuation
-    that ``generate`` gives for the same key. Arguments are checked at the call, before the first piece.
+    The prompt itself is not yielded. One piece comes per token, "" while the tokens so far end
+    inside a character of several bytes, which is held back until it is whole (if it never is, what
+    decoding makes of it comes last, as one more piece). Joined, the pieces are the continuation
+    that ``generate`` gives for the same key. Arguments are checked at the call, not later.
     """
     if not isinstance(prompt, str):
         raise TypeError(f"stream continues one prompt, a str, got {type(prompt).__name__}")
@@ -101,9 +103,10 @@ def stream(
 
 # --- the compiled part: token is (b,), carry = (decoding state, keys (b,), vocabulary limit ()) --
 
+
 @functools.partial(jax.jit, static_argnames=("model", "top_k", "top_p"))
 def _read(model, params, tokens, lengths, keys, limit, temperature, *, top_k, top_p):
-    """Read right-padded prompts (b, l) in one parallel pass and draw the first new token of each."""
+    """Read right-padded prompts (b, l) in one parallel pass and draw the first token of each."""
     state = model.initial_state(tokens.shape[0])
     logits, state = model.apply({"params": params}, tokens, state, lengths, method="last_logits")
     token, keys = _draw(keys, logits, limit, temperature, top_k, top_p)
@@ -121,7 +124,7 @@ def _step(model, params, token, carry, temperature, *, top_k, top_p):
 
 @functools.partial(jax.jit, static_argnames=("model", "size", "top_k", "top_p"))
 def _loop(model, params, token, carry, n, eos, temperature, *, size, top_k, top_p):
-    """Step until there are n tokens, or every row has met eos -> (b, size), of which n are meant."""
+    """Step until there are n tokens or every row has met eos -> (b, size), of which n are meant."""
     rows = jnp.zeros((token.shape[0], size), jnp.int32).at[:, 0].set(token)
 
     def unfinished(loop):
@@ -137,7 +140,7 @@ def _loop(model, params, token, carry, n, eos, temperature, *, size, top_k, top_
 
 
 def _draw(keys, logits, limit, temperature, top_k, top_p):
-    """One token per row of logits (b, v), each with its row's key -> tokens (b,), next keys (b,)."""
+    """One token per row of logits (b, v), each with a key of its own -> tokens (b,), next keys."""
     logits = jnp.where(jnp.arange(logits.shape[-1]) < limit, logits, -jnp.inf)  # (b, v)
     if temperature is None:  # greedy, see _prepare
         return sample(None, logits, temperature=0), keys
@@ -160,8 +163,8 @@ def _bucket(n):
 def _prepare(model, key, params, tokenizer, prompts, n, temperature, top_k, top_p):
     """Check everything that can be wrong, and make arrays of it before anything is compiled.
 
-    Returns the prompts' token ids, what `_read` takes of them (tokens, lengths, keys, limit), n, the
-    temperature (None if greedy: that is another program, as other temperatures are not) and a tokenizer.
+    Returns the prompts' token ids, what `_read` takes of them (tokens, lengths, keys, limit), n,
+    the temperature (None if greedy, which is another program; all others share one), a tokenizer.
     """
     check_sampling(temperature, top_k, top_p)
     n = operator.index(n)
@@ -169,22 +172,23 @@ def _prepare(model, key, params, tokenizer, prompts, n, temperature, top_k, top_
         raise ValueError(f"n_tokens_to_gen must be at least 1, got {n}")
     if not isinstance(params, Mapping) or "embedding" not in params:
         raise ValueError(
-            "params must be this model's parameters, as in model, params = Mamba.from_pretrained(...) "
-            'or params = model.init(key, tokens)["params"]'
+            "params must be this model's parameters, as in model, params = "
+            'Mamba.from_pretrained(...) or params = model.init(key, tokens)["params"]'
         )
-    # transformers wraps a tokenizers.Tokenizer, and tidies spaces up when it decodes; a stream could
-    # not take back a space that it has shown, so both kinds are used in the plain form.
+    # transformers wraps a tokenizers.Tokenizer, and may tidy up spaces when it decodes; a stream
+    # cannot take back a space that it has shown, so both kinds are used in the plain form.
     tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
     limit = min(model.config.vocab_size, max(tokenizer.get_vocab().values()) + 1)
     if not isinstance(prompts, list | tuple) or not prompts:
         raise ValueError(f"prompt must be a str or a non-empty list of str, got {prompts!r}")
     contexts = [_encode(tokenizer, prompt, model.config.vocab_size) for prompt in prompts]
 
-    lengths = np.array([len(context) for context in contexts], np.int32)  # (b,)
-    tokens = np.zeros((len(contexts), _bucket(max(lengths))), np.int32)  # (b, l), padded on the right
+    b, longest = len(contexts), max(map(len, contexts))
+    tokens = np.zeros((b, _bucket(longest)), np.int32)  # (b, l), padded on the right
     for row, context in zip(tokens, contexts, strict=True):
         row[: len(context)] = context
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(_check_key(key), np.arange(len(contexts)))  # (b,)
+    lengths = np.array([len(context) for context in contexts], np.int32)  # (b,)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(_check_key(key), np.arange(b))  # (b,)
     temperature = jnp.float32(temperature) if temperature else None
     return contexts, (tokens, lengths, keys, limit), n, temperature, tokenizer
 

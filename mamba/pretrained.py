@@ -176,14 +176,18 @@ def _check_tied(path, head, embedding):
     Tied is what the original code and transformers both assume when a configuration is silent, so
     we assume it too, and do not guess from the weights which of the two was meant.
     """
-    if head.shape != embedding.shape or not np.array_equal(
-        head.read(), embedding.read(), equal_nan=True
-    ):
+    if head.shape != embedding.shape or not _equal(head.read(), embedding.read()):
         raise CheckpointError(
             f"{path}: lm_head.weight differs from the embedding, but {CONFIG} ties the two (as it "
             "does when it says nothing). If the head is meant to be separate, set tie_embeddings "
             "(in transformers' naming tie_word_embeddings) to false there"
         )
+
+
+def _equal(a, b, rows=1024):
+    """Whether two large arrays hold the same numbers; in pieces, so that no third one is made."""
+    pieces = (slice(start, start + rows) for start in range(0, len(a), rows))
+    return all(np.array_equal(a[piece], b[piece], equal_nan=True) for piece in pieces)
 
 
 def _to_disk(path):
@@ -304,7 +308,7 @@ class _Hub:
         if self.offline is None:
             raise FileNotFoundError(f"{self.name}: the repository has no {wanted}")
         raise ConnectionError(
-            f"{self.name}: there is no such folder here, and the Hugging Face Hub cannot be reached "
-            f"({self.offline}); its cache here has no {wanted} of that name. Without a network, give "
-            "a local folder, or the name of a repository that was loaded before"
+            f"{self.name}: there is no such folder, the Hugging Face Hub cannot be reached "
+            f"({self.offline}), and its cache here has no {wanted} of that name. Without a "
+            "network, give a local folder or the name of a repository that was loaded before"
         )

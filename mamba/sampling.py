@@ -21,8 +21,8 @@ def sample(key, logits, *, temperature=1.0, top_k=None, top_p=None):
     temperature ≥ 0, dividing the logits: below 1 sharper, above 1 flatter; 0 takes the likeliest
     token (the first of equals) and neither filter nor key matters. Under ``jit`` a positive
     temperature may be a traced number; top_k and top_p shape the program and may not.
-    top_k: only the k likeliest tokens stay (Fan et al., 2018). Then top_p: only the fewest likeliest
-    ones whose probabilities reach p together (Holtzman et al., 2020). None sets no limit.
+    top_k: only the k likeliest tokens stay (Fan et al., 2018). Then top_p: of those only the
+    fewest likeliest whose probabilities together reach p (Holtzman et al., 2020). None: no limit.
 
     Returns ids: () or (b,), int32. Raises ValueError for settings out of range.
     """
@@ -49,14 +49,14 @@ def keep_top_k(logits, k):
     """The k largest logits, in falling order, and their token ids.
 
     logits: (..., v) -> values (..., k), ids (..., k). Exactly k: of equal logits the lower id wins.
-    A k beyond the vocabulary keeps everything (and is then a full sort). Raises ValueError for k < 1.
+    A k beyond the vocabulary keeps everything (and is a full sort). Raises ValueError for k < 1.
     """
     check_sampling(top_k=k)
     return jax.lax.top_k(logits, min(k, logits.shape[-1]))
 
 
 def keep_top_p(logits, p):
-    """The nucleus: −inf for all but the fewest leading candidates that together reach probability p.
+    """The nucleus: −inf for all but the fewest leading candidates whose probability reaches p.
 
         candidate i stays  ⇔  Σ_{j<i} softmax(logits)_j < p
 

@@ -191,6 +191,8 @@ class _StateDict:
             raise
         except (ValueError, IndexError) as error:  # from genops, or an empty stack
             self.fail(f"broken pickle: {error}")
+        if self.stack:
+            self.fail("broken pickle: more than one result")
         for name, value in result.items():
             if type(value) is not Tensor:
                 self.fail(

@@ -117,6 +117,8 @@ def make_step(model, optimizer):
 
 
 def save(path, train_state):
+    """Write aside, then rename: whenever the run is killed, the last whole save stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".part")
     aside.write_bytes(serialization.to_bytes(train_state))
     os.replace(aside, path)
@@ -335,7 +337,7 @@ PSF License; the checkpoint comes under the MIT licence of this repository.
 
 def parse_arguments():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--steps", type=int, default=4000)
+    p.add_argument("--steps", type=int, default=2400)
     p.add_argument("--batch", type=int, default=8, help="rows that are read at the same time")
     p.add_argument("--window", type=int, default=256, help="tokens a row reads in one step")
     p.add_argument("--d-model", type=int, default=256)
@@ -345,7 +347,7 @@ def parse_arguments():
     p.add_argument("--warmup", type=int, default=100)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--save-every", type=int, default=100)
-    p.add_argument("--work", type=Path, default=ROOT / "build" / "language_model")
+    p.add_argument("--work", type=Path, default=ROOT / "runs" / "language_model")
     p.add_argument("--out", type=Path, default=ROOT / "mamba" / "weights" / "pystdlib")
     p.add_argument(
         "--result", type=Path, default=ROOT / "benchmarks" / "results" / "language_model.json"

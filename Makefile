@@ -1,0 +1,65 @@
+# make book · make test · make serve: each sets up .venv by itself. `make help` lists everything.
+
+PYTHON ?= python3
+PORT ?= 8000
+ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PARITY := .venv/.installed-parity
+
+# The outputs in the notebooks are a CPU's.
+export JAX_PLATFORMS ?= cpu
+
+.DEFAULT_GOAL := help
+.PHONY: help book serve test parity network-test portability bench chapter lint clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+book: $(INSTALLED) ## build the HTML, warnings as errors, and check it
+	$(BIN)/jupyter-book build . --all -W -n --keep-going
+	$(BIN)/python scripts/check_html.py
+	@echo "The book: $(CURDIR)/_build/html/index.html"
+
+serve: book ## build the HTML and serve it on this machine (PORT=8000)
+	@echo "Serving at http://127.0.0.1:$(PORT)/ (stop with Ctrl-C)"
+	$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory _build/html
+
+test: $(INSTALLED) ## the module's tests and every cell of every notebook (ARGS="-k scan")
+	$(BIN)/pytest --nbval -n 2 --dist loadfile $(ARGS)
+
+parity: $(PARITY) ## compare with transformers' PyTorch Mamba (installs PyTorch)
+	$(BIN)/pytest -m parity tests $(ARGS)
+
+network-test: $(INSTALLED) ## compare with the published outputs of the published weights
+	$(BIN)/pytest -m network tests $(ARGS)
+
+portability: $(INSTALLED) ## the notebooks again, as on a CPU without wide vector instructions
+	XLA_FLAGS=--xla_cpu_max_isa=SSE4_2 $(BIN)/pytest --nbval -n 2 --dist loadfile book
+
+bench: $(INSTALLED) ## run the benchmarks
+	@set -e; for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python "$$file" $(ARGS); done
+
+chapter: $(INSTALLED) ## execute one chapter and write it in canonical form (N=3)
+	@test -n "$(N)" || { echo "which chapter? make chapter N=3"; exit 2; }
+	$(BIN)/python book/run.py book/$$(printf '%02d' $(N))_*.ipynb
+
+lint: $(INSTALLED) ## ruff, and the form of the notebooks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python book/run.py --check
+
+clean: ## remove what was built; .venv stays
+	rm -rf _build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find mamba mamba_book tests book scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): requirements.txt constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	@touch $@
+
+$(PARITY): $(INSTALLED) requirements-parity.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-parity.txt -c constraints.txt
+	@touch $@

@@ -1,0 +1,348 @@
+"""Generation against a plain loop that re-reads the whole sequence for every token."""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from mamba.generate import generate, stream
+from mamba.model import Mamba, MambaConfig
+
+compiled = importlib.import_module("mamba.generate")  # `mamba.generate` is the function
+SIZES = {"d_model": 16, "n_layer": 2, "d_state": 4, "tie_embeddings": False}
+KEY = jax.random.key(5)
+TEXT = "def main(argv):\n    return print('hello', argv)\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Byte-level BPE: any str is encodable, and some tokens are half a character."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT * 3, "日本 😀 " * 3], trainer)
+    return tokenizer
+
+
+def make_model(vocab_size, seed=0, **config):
+    """A random model. Its head is not the embedding, or greedy text would repeat one token."""
+    model = Mamba(MambaConfig(vocab_size=vocab_size, **SIZES, **config))
+    params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
+    params["lm_head"]["kernel"] = 4 * params["lm_head"]["kernel"]  # differences worth the name
+    return model, params
+
+
+def make_indifferent_model(vocab_size, **config):
+    """All parameters zero: every token is equally likely, whatever came before."""
+    model = Mamba(MambaConfig(vocab_size=vocab_size, **(SIZES | {"n_layer": 1} | config)))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    return model, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+@pytest.fixture(scope="module")
+def pair(tokenizer):
+    return make_model(tokenizer.get_vocab_size())
+
+
+@pytest.fixture
+def arguments(pair, tokenizer):
+    model, params = pair
+    return {
+        "model": model,
+        "params": params,
+        "tokenizer": tokenizer,
+        "key": KEY,
+        "n_tokens_to_gen": 12,
+    }
+
+
+def reference_ids(model, params, ids, n):
+    """Greedy tokens the slow way: the full sequence through the model for each."""
+    ids = list(ids)
+    for _ in range(n):
+        padded = np.zeros(
+            (1, 64), np.int32
+        )  # one length, one compilation; causal, so zeros are harmless
+        padded[0, : len(ids)] = ids
+        logits = _full(model, params, padded)[0, len(ids) - 1, : model.config.vocab_size]
+        ids.append(int(np.argmax(logits)))
+    return ids[-n:]
+
+
+_full = jax.jit(
+    lambda model, params, tokens: model.apply({"params": params}, tokens), static_argnums=0
+)
+
+
+def generated_ids(monkeypatch, arguments, **changes):
+    """The token ids behind a generated text, before they become one (text need not encode back)."""
+    seen = []
+    pieces = compiled._pieces
+
+    def spy(tokenizer, context, tokens, eos):
+        tokens = list(tokens)
+        seen.append(tokens)
+        return pieces(tokenizer, context, tokens, eos)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "_pieces", spy)
+        generate(**(arguments | changes))
+    return seen
+
+
+PROMPTS = [
+    "d",
+    "def main(",
+    "日本語 😀",
+    "    return print('hello', argv) # and a longer line of text",
+]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy_equals_the_full_sequence(arguments, monkeypatch, prompt):
+    (ids,) = generated_ids(monkeypatch, arguments, prompt=prompt, temperature=0)
+    context = arguments["tokenizer"].encode(prompt).ids
+    expected = reference_ids(arguments["model"], arguments["params"], context, 12)
+    assert ids == expected
+    assert len(set(ids)) > 1  # else a constant would pass
+    text = generate(prompt=prompt, temperature=0, **arguments)
+    whole = arguments["tokenizer"].decode(context + ids, skip_special_tokens=False)
+    assert text == whole and text.startswith(prompt)
+
+
+def test_ragged_batch_equals_each_alone(arguments, monkeypatch):
+    alone = [generated_ids(monkeypatch, arguments, prompt=p, temperature=0)[0] for p in PROMPTS]
+    assert generated_ids(monkeypatch, arguments, prompt=PROMPTS, temperature=0) == alone
+    texts = generate(prompt=PROMPTS, temperature=0, **arguments)
+    assert texts == [generate(prompt=p, temperature=0, **arguments) for p in PROMPTS]
+    assert (
+        generate(prompt=PROMPTS[:1], temperature=0, **arguments) == texts[:1]
+    )  # a list stays a list
+
+
+def test_sampled_rows_do_not_depend_on_neighbours(arguments):
+    first = generate(prompt=["def main(", "x"], **arguments)
+    assert generate(prompt=["def main(", "日本語"], **arguments)[0] == first[0]
+    assert generate(prompt="def main(", **arguments) == first[0]
+    twice = generate(prompt=["def", "def"], **arguments)
+    assert twice[0] != twice[1]  # each row has a key of its own
+
+
+def test_same_key_same_text(arguments):
+    texts = {generate(prompt="def", **(arguments | {"key": jax.random.key(i)})) for i in range(5)}
+    assert len(texts) == 5
+    text = generate(prompt="def", **arguments)
+    assert generate(prompt="def", **arguments) == text
+    assert (
+        generate(prompt="def", **(arguments | {"key": jax.random.PRNGKey(5)})) == text
+    )  # old form
+    longer = generate(prompt="def", **(arguments | {"n_tokens_to_gen": 20}))
+    assert longer.startswith(text.rstrip("\ufffd"))
+
+
+def test_each_token_draws_with_a_fresh_key(tokenizer, monkeypatch):
+    """With logits that never change, one key used twice would repeat its token for ever."""
+    model, params = make_indifferent_model(tokenizer.get_vocab_size())
+    arguments = {"model": model, "params": params, "tokenizer": tokenizer, "key": KEY}
+    (ids,) = generated_ids(
+        monkeypatch, arguments, prompt="a", n_tokens_to_gen=64, top_k=None, temperature=1.0
+    )
+    assert len(set(ids)) > 45  # of 290 equally likely ones
+
+
+def test_few_compilations_for_many_prompts(tokenizer):
+    model, params = make_indifferent_model(
+        tokenizer.get_vocab_size(), norm_eps=2e-5
+    )  # not seen before
+    functions = compiled._read, compiled._loop, compiled._step
+    before = [f._cache_size() for f in functions]
+    arguments = {"model": model, "params": params, "tokenizer": tokenizer, "key": KEY}
+    for n in range(1, 21):  # byte-level: between 1 and ~40 tokens, so the buckets 16, 32 and 64
+        settings = {"temperature": n / 10, "eos_token_id": n, "n_tokens_to_gen": 10 + n % 6}
+        generate(prompt="日xz"[n % 3] * n, **arguments, **settings)
+        assert "".join(stream(prompt="q" * (1 + n % 9), **arguments, **settings)) is not None
+    read, loop, step = (f._cache_size() - b for f, b in zip(functions, before, strict=True))
+    assert read <= 3 and loop == 1 and step == 1
+
+
+def test_eos_ends_the_text_before_it(arguments, monkeypatch):
+    (ids,) = generated_ids(monkeypatch, arguments, prompt="def", temperature=0)
+    decode = arguments["tokenizer"].decode
+    context = arguments["tokenizer"].encode("def").ids
+    for eos in {ids[0], ids[5], ids[-1]}:
+        settings = arguments | {"prompt": "def", "temperature": 0, "eos_token_id": eos}
+        cut = ids[: ids.index(eos)]
+        expected = decode(context + cut, skip_special_tokens=False)
+        assert generate(**settings) == expected
+        assert "def" + "".join(stream(**settings)) == expected
+
+
+def test_loop_stops_when_every_row_met_eos(arguments, monkeypatch):
+    """Rows end on their own; the loop goes on for the others, and not longer."""
+    rows = generated_ids(monkeypatch, arguments, prompt=["def", "日本"], temperature=0)
+    eos = next(token for token in rows[0] if token in rows[1])
+    changes = {"prompt": ["def", "日本"], "temperature": 0, "eos_token_id": eos}
+    last = max(row.index(eos) for row in rows)
+    assert last < 11
+    ended = generated_ids(monkeypatch, arguments, **changes)
+    assert [row[: last + 1] for row in ended] == [row[: last + 1] for row in rows]
+    assert all(row[last + 1 :] == [0] * (11 - last) for row in ended)  # never computed
+    texts = generate(**(arguments | changes))
+    assert texts == [generate(**(arguments | changes | {"prompt": p})) for p in ["def", "日本"]]
+
+
+@pytest.mark.parametrize("prompt", ["def main(", "日本語 😀"])
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {}, {"top_k": None, "top_p": 0.9}])
+def test_stream_equals_generate(arguments, prompt, settings):
+    arguments |= {"prompt": prompt, "n_tokens_to_gen": 40} | settings
+    pieces = list(stream(**arguments))
+    assert prompt + "".join(pieces) == generate(**arguments)
+    assert len(pieces) in (40, 41) and not any("\ufffd" in p[-1:] for p in pieces[:40])
+
+
+def test_pieces_never_split_a_character(tokenizer):
+    """Characters of two to four bytes, some several tokens: each whole, at its last token."""
+    context, text = "é😀", "日本語 naïve 👩‍👩‍👧 \ufffd! ok"
+    ids = tokenizer.encode(text).ids
+    assert any(tokenizer.decode([i]) == "\ufffd" for i in ids)
+    pieces = list(compiled._pieces(tokenizer, tokenizer.encode(context).ids, ids, None))
+    assert "".join(pieces) == text and "" in pieces
+    assert not any(p.endswith("\ufffd") for p in pieces)
+    # An unfinished one at the end comes last, as what decoding makes of it.
+    half = tokenizer.encode("ok 🦀").ids[:-1]
+    pieces = list(compiled._pieces(tokenizer, [], half, None))
+    assert "".join(pieces) == tokenizer.decode(half) == "ok \ufffd"
+    assert len(pieces) == len(half) + 1
+
+
+def test_pieces_keep_the_space_of_a_word():
+    """A SentencePiece-like decoder drops the first space: only the first of the whole text."""
+    words = {"<unk>": 0, "▁the": 1, "▁cat": 2, "s": 3, "▁": 4}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Metaspace()
+    pieces = list(compiled._pieces(tokenizer, [1], [2, 3, 1, 2], None))
+    assert pieces == [" cat", "s", " the", " cat"]
+
+
+def test_both_kinds_of_tokenizer(arguments):
+    from transformers import PreTrainedTokenizerFast
+
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=arguments["tokenizer"], eos_token="<|endoftext|>"
+    )
+    assert isinstance(wrapped.encode("def"), list)
+    for prompt in ("def main(", "日本語 😀"):
+        plain = generate(prompt=prompt, **arguments)
+        assert generate(prompt=prompt, **(arguments | {"tokenizer": wrapped})) == plain
+        assert generate(prompt=prompt, **(arguments | {"tokenizer": Duck(wrapped)})) == plain
+
+
+class Duck:
+    """A tokenizer written in Python, as transformers still has some: no `backend_tokenizer`."""
+
+    def __init__(self, tokenizer):
+        self.encode, self.decode = tokenizer.encode, tokenizer.decode
+        self.get_vocab = tokenizer.get_vocab
+
+
+def test_special_tokens_that_the_tokenizer_adds(arguments, monkeypatch):
+    """One that begins the text is read by the model, not shown; one that it writes is shown."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = Tokenizer.from_str(arguments["tokenizer"].to_str())
+    tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    arguments |= {"tokenizer": tokenizer, "temperature": 0, "prompt": "def"}
+    (ids,) = generated_ids(monkeypatch, arguments)
+    context = [0, *tokenizer.encode("def", add_special_tokens=False).ids]
+    assert ids == reference_ids(arguments["model"], arguments["params"], context, 12)
+    assert generate(**arguments) == "def" + tokenizer.decode(ids, skip_special_tokens=False)
+    assert "".join(compiled._pieces(tokenizer, context, [0, 70], None)).startswith("<|endoftext|>")
+
+
+def test_padding_of_the_vocabulary_is_never_drawn(tokenizer, monkeypatch):
+    """Neither rows that only fill up the embedding, nor ids that the tokenizer does not know."""
+    model, params = make_indifferent_model(590, pad_vocab_size_multiple=256)  # 768 rows
+    words = {"!": 0} | {f"w{i}": i for i in range(1, 700)}  # ids that the model does not have
+    large = Tokenizer(models.WordLevel(words, unk_token="!"))
+    for fitted, allowed in ((tokenizer, tokenizer.get_vocab_size()), (large, 590)):
+        arguments = {"model": model, "params": params, "tokenizer": fitted, "key": KEY}
+        rows = generated_ids(
+            monkeypatch, arguments, prompt=["!"] * 16, n_tokens_to_gen=64, top_k=None
+        )
+        assert allowed - 20 < max(map(max, rows)) < allowed  # and nothing more is forbidden
+
+
+@pytest.mark.parametrize("n", [1, 2, 16, 17])
+def test_as_many_tokens_as_asked(arguments, n, monkeypatch):
+    settings = {"prompt": "def", "temperature": 0, "n_tokens_to_gen": n}
+    (ids,) = generated_ids(monkeypatch, arguments, **settings)
+    (more,) = generated_ids(monkeypatch, arguments, **settings | {"n_tokens_to_gen": 30})
+    assert ids == more[:n]
+    assert len(list(stream(**(arguments | settings)))) in (n, n + 1)
+
+
+def test_a_prompt_that_fills_its_bucket(arguments, monkeypatch):
+    for length in (15, 16, 17, 32):
+        prompt = "q" * length
+        ids = arguments["tokenizer"].encode(prompt).ids
+        assert len(ids) == length
+        (found,) = generated_ids(monkeypatch, arguments, prompt=prompt, temperature=0)
+        assert found == reference_ids(arguments["model"], arguments["params"], ids, 12)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"prompt": ""}, ValueError, "the prompt '' has no tokens"),
+        ({"prompt": ["a", ""]}, ValueError, "the prompt '' has no tokens"),
+        ({"prompt": []}, ValueError, "non-empty list of str, got \\[\\]"),
+        ({"prompt": None}, ValueError, "prompt must be a str or a non-empty list of str, got None"),
+        ({"prompt": ["a", 3]}, TypeError, "a prompt must be a str, got int"),
+        ({"prompt": "a\udcff"}, ValueError, "surrogates not allowed"),
+        ({"n_tokens_to_gen": 0}, ValueError, "n_tokens_to_gen must be at least 1, got 0"),
+        ({"n_tokens_to_gen": 2.5}, TypeError, "integer"),
+        ({"params": None}, ValueError, "params must be this model's parameters"),
+        ({"key": 42}, TypeError, r"such as jax.random.key\(0\), got 42"),
+        ({"key": jax.random.split(KEY)}, TypeError, "one random key"),
+        ({"temperature": -1}, ValueError, "temperature"),
+        ({"top_k": 0}, ValueError, "top_k"),
+        ({"top_p": 0}, ValueError, "top_p"),
+    ],
+)
+def test_errors(arguments, change, error, message):
+    with pytest.raises(error, match=message):
+        generate(**(arguments | {"prompt": "def"} | change))
+    if isinstance(change.get("prompt", ""), str):
+        with pytest.raises(error, match=message):
+            stream(
+                **(arguments | {"prompt": "def"} | change)
+            )  # at the call, not at the first piece
+
+
+def test_stream_takes_one_prompt(arguments):
+    with pytest.raises(TypeError, match="one prompt, a str, got list"):
+        stream(**(arguments | {"prompt": ["def"]}))
+
+
+def test_whole_variables_instead_of_parameters(arguments):
+    with pytest.raises(ValueError, match="params must be this model's parameters"):
+        generate(prompt="def", **(arguments | {"params": {"params": arguments["params"]}}))
+
+
+def test_a_tokenizer_that_does_not_fit(arguments):
+    model, params = make_indifferent_model(100)
+    with pytest.raises(
+        ValueError, match=r"token ids up to \d+, but the model's vocabulary is 0 … 99"
+    ):
+        generate(prompt="日本", **(arguments | {"model": model, "params": params}))

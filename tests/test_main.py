@@ -1,0 +1,217 @@
+"""The command line, in this process where possible and in one of its own for signals and pipes."""
+
+import inspect
+import io
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from mamba import Mamba, MambaConfig, generate
+from mamba.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random model and a byte-level tokenizer as a checkpoint folder."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=257,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    model = Mamba(
+        MambaConfig(d_model=16, n_layer=1, d_state=4, vocab_size=257, tie_embeddings=False)
+    )
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    model.save_pretrained(params, folder)
+    return folder
+
+
+@pytest.fixture
+def run(folder, capsys, monkeypatch):
+    """Run the command on that folder -> (exit code, stdout, stderr). No stdin: a terminal."""
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    def run(*arguments, stdin=None):
+        monkeypatch.setattr(sys, "stdin", Terminal() if stdin is None else io.StringIO(stdin))
+        try:
+            code = main(["--model", str(folder), *arguments])  # of two --model, the last counts
+        except SystemExit as exit:  # argparse
+            code = exit.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def expected(folder, prompt, n, seed=0):
+    """What the command must print, by way of `generate`."""
+    model, params = Mamba.from_pretrained(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    settings = {"tokenizer": tokenizer, "n_tokens_to_gen": n, "eos_token_id": 0}
+    settings |= {"key": jax.random.key(seed), "params": params, "prompt": prompt}
+    return generate(model, **settings) + "\n"
+
+
+def test_prints_what_generate_gives(run, folder):
+    code, out, err = run("def main(", "--n-tokens", "20")
+    assert code == 0 and out == expected(folder, "def main(", 20)
+    assert err.startswith("[20 tokens, ") and "tokens/s" in err and err.count("\n") == 1
+    assert run("def main(", "--n-tokens", "20")[1] == out  # the default seed is fixed
+    other = run("def main(", "--n-tokens", "20", "--seed", "1")[1]
+    assert other == expected(folder, "def main(", 20, seed=1) != out
+
+
+class Captured:
+    """In place of `stream`: keeps what it was called with, and writes a few words."""
+
+    def __init__(self, pieces=("one ", "", "two")):
+        self.pieces = pieces
+
+    def __call__(self, model, **settings):
+        self.settings = settings | {"model": model}
+        return iter(self.pieces)
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    captured = Captured()
+    monkeypatch.setattr("mamba.__main__.stream", captured)
+    return captured
+
+
+def test_defaults_are_those_of_generate(run, captured):
+    assert run("a")[1] == "aone two\n"
+    defaults = {name: p.default for name, p in inspect.signature(generate).parameters.items()}
+    for name in ("temperature", "top_k", "top_p"):
+        assert captured.settings[name] == defaults[name]
+    assert captured.settings["eos_token_id"] == 0  # <|endoftext|>
+
+
+def test_settings_arrive(run, captured):
+    run("日本", *"--temperature 0.5 --top-k 7 --top-p 0.8 --n-tokens 9 --seed 3".split())
+    found = captured.settings
+    assert (found["prompt"], found["n_tokens_to_gen"]) == ("日本", 9)
+    assert (found["temperature"], found["top_k"], found["top_p"]) == (0.5, 7, 0.8)
+    assert jax.random.key_data(found["key"]).tolist() == [0, 3]
+    assert found["model"].config.dtype == jnp.float32
+    run("a", "--top-k", "0", "--dtype", "bfloat16")
+    assert captured.settings["top_k"] is None
+    assert captured.settings["model"].config.dtype == jnp.bfloat16
+    kernel = captured.settings["params"]["layers_0"]["mixer"]["in_proj"]["kernel"]
+    assert kernel.dtype == jnp.bfloat16
+
+
+def test_prompt_from_standard_input(run, captured):
+    for arguments in ([], ["-"]):
+        code, out, _ = run(*arguments, stdin="def f(x):\n    y\n\n")
+        assert code == 0 and out == "def f(x):\n    y\none two\n"
+        assert captured.settings["prompt"] == "def f(x):\n    y\n"  # one newline ends the last line
+    run("given", stdin="not read")
+    assert captured.settings["prompt"] == "given"
+
+
+def test_a_character_that_the_terminal_lacks(run, captured, monkeypatch):
+    captured.pieces = ("日本",)
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert run("a")[0] == 0
+    assert raw.getvalue() == b"a??\n"
+
+
+def test_help(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    for word in ("python -m mamba", "examples:", "state-spaces/mamba-130m", "--top-p", "greedy"):
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "no prompt"),
+        (["a", "--temperature", "-1"], "temperature must be"),
+        (["a", "--top-k", "-1"], "top_k must be"),
+        (["a", "--top-p", "1.5"], "top_p must lie in"),
+        (["a", "--n-tokens", "0"], "--n-tokens must be at least 1, got 0"),
+        (["a", "--n-tokens", "x"], "invalid int"),
+        (["a", "--dtype", "int8"], "invalid choice"),
+        (["a", "b"], "unrecognized arguments: b"),
+    ],
+)
+def test_wrong_usage_is_2(run, arguments, message):
+    code, out, err = run(*arguments)
+    assert code == 2 and out == "" and message in err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([""], "the prompt '' has no tokens"),
+        (["a\udcff"], "surrogates not allowed"),  # an argument that was not UTF-8
+        (["a", "--model", "no/such/folder"], "no/such/folder"),
+    ],
+)
+def test_errors_are_one_line_and_1(run, arguments, message):
+    code, out, err = run(*arguments)
+    assert code == 1 and out == ""
+    assert err.startswith("python -m mamba: error: ") and message in err
+    assert err.count("\n") == 1 and err.endswith("\n")
+
+
+# A shell that starts a job in the background makes it ignore Ctrl-C: undo that, then run mamba.
+COMMAND = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("mamba", run_name="__main__", alter_sys=True)
+"""
+
+
+def start(*arguments):
+    command = [sys.executable, "-c", COMMAND, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for_tokens(process, n):
+    """Read until n bytes came: the prompt, and a start of the continuation."""
+    assert len(process.stdout.read(n)) == n
+
+
+def test_ctrl_c_ends_cleanly(folder):
+    process = start("--model", str(folder), "--n-tokens", "1000000", "--top-k", "1", "abc")
+    wait_for_tokens(process, 10)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip() == b""
+
+
+def test_a_broken_pipe_is_silent(folder):
+    process = start("--model", str(folder), "--n-tokens", "1000000", "--top-k", "1", "abc")
+    wait_for_tokens(process, 10)
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 141
+    assert err == b""
+
+
+def test_the_embedded_model_continues_code():
+    """No folder, no network: the model that ships with the module."""
+    process = start("--n-tokens", "8", "--temperature", "0", "def __init__(self")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and out.startswith(b"def __init__(self"), err
+    assert b"[8 tokens, " in err

@@ -1,0 +1,153 @@
+"""The filters and the draw, held against their definitions."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mamba.sampling import keep_top_k, keep_top_p, sample
+
+DRAWS = 20_000
+LOGITS = np.log(np.array([0.05, 0.4, 0.02, 0.2, 0.03, 0.3], np.float32))  # ranking 1 5 3 0 4 2
+
+
+@functools.partial(jax.jit, static_argnames=("n", "temperature", "top_k", "top_p"))
+def draws(key, logits, n, **settings):
+    """One token id for each of n keys: (n,)."""
+    return jax.vmap(lambda key: sample(key, logits, **settings))(jax.random.split(key, n))
+
+
+def frequencies(logits, **settings):
+    """How often each token is drawn, over many keys: (v,)."""
+    ids = draws(jax.random.key(7), jnp.asarray(logits), DRAWS, **settings)
+    return np.bincount(np.asarray(ids), minlength=len(logits)) / DRAWS
+
+
+def assert_drawn_as(logits, expected, **settings):
+    """Chi-square against the expected probabilities, and never a token of probability 0."""
+    expected = np.asarray(expected, np.float64) / np.sum(expected)
+    found = frequencies(logits, **settings)
+    assert (found[expected == 0] == 0).all()
+    possible = expected > 0
+    chi2 = DRAWS * ((found - expected)[possible] ** 2 / expected[possible]).sum()
+    freedom = possible.sum() - 1
+    assert chi2 < freedom + 5 * np.sqrt(2 * freedom) + 5
+
+
+def test_temperature_divides_the_logits():
+    for temperature in (0.5, 1.0, 2.0):
+        assert_drawn_as(LOGITS, np.exp(LOGITS) ** (1 / temperature), temperature=temperature)
+
+
+def test_top_k_keeps_the_k_likeliest():
+    assert_drawn_as(LOGITS, [0, 0.4, 0, 0.2, 0, 0.3], top_k=3)
+    assert_drawn_as(LOGITS, np.exp(LOGITS), top_k=1000)  # more than there are: no limit
+
+
+def test_top_p_keeps_the_fewest_that_reach_p():
+    assert_drawn_as(LOGITS, [0, 0.4, 0, 0.2, 0, 0.3], top_p=0.75)  # 0.4 + 0.3 < 0.75
+    assert_drawn_as(LOGITS, [0, 0.4, 0, 0, 0, 0.3], top_p=0.69)  # 0.4 + 0.3 ≥ 0.69
+    assert_drawn_as(LOGITS, np.exp(LOGITS), top_p=1.0)
+
+
+def test_filters_compose_in_order():
+    """Temperature first, then top-k, then top-p on what top-k left: 0.4, 0.3, 0.2 of 0.9."""
+    assert_drawn_as(
+        LOGITS, [0, 0.4, 0, 0.2, 0, 0.3], top_k=3, top_p=0.79
+    )  # (0.4 + 0.3) / 0.9 < 0.79
+    assert_drawn_as(LOGITS, [0, 0.4, 0, 0, 0, 0.3], top_k=3, top_p=0.77)
+    squared = [0, 0.16, 0, 0.04, 0, 0.09]  # at temperature 0.5, 0.16 / 0.29 = 0.552
+    assert_drawn_as(LOGITS, squared, temperature=0.5, top_k=3, top_p=0.9)
+    assert_drawn_as(LOGITS, [0, 1, 0, 0, 0, 0], temperature=0.5, top_k=3, top_p=0.55)
+
+
+def test_top_p_matches_a_plain_loop():
+    rng = np.random.default_rng(0)
+    for p in (0.1, 0.5, 0.9, 0.99):
+        logits = np.sort(rng.normal(size=(5, 40)).astype(np.float32) * 2)[:, ::-1].copy()
+        kept = np.isfinite(np.asarray(keep_top_p(jnp.asarray(logits), p)))
+        for row, kept_row in zip(logits, kept, strict=True):
+            probabilities = np.exp(row) / np.exp(row).sum()
+            count, total = 0, 0.0
+            while total < p:
+                total += probabilities[count]
+                count += 1
+            assert kept_row.tolist() == [True] * count + [False] * (40 - count)
+
+
+def test_top_p_keeps_at_least_one_and_all_at_one():
+    logits = jnp.asarray([50.0, 0.0, -50.0, -200.0])
+    assert np.isfinite(np.asarray(keep_top_p(logits, 1e-9))).tolist() == [True] + [False] * 3
+    assert np.isfinite(
+        np.asarray(keep_top_p(logits, 1.0))
+    ).all()  # although the sum is 1 before the end
+
+
+def test_ties_go_to_the_lower_id():
+    equal = jnp.zeros(10)
+    values, ids = keep_top_k(equal, 4)
+    assert ids.tolist() == [0, 1, 2, 3] and values.tolist() == [0.0] * 4
+    assert_drawn_as(np.zeros(10, np.float32), [1] * 4 + [0] * 6, top_k=4)
+    assert np.isfinite(np.asarray(keep_top_p(equal, 0.45))).tolist() == [True] * 5 + [False] * 5
+    tied = jnp.asarray([0.0, 2.0, 1.0, 2.0, 1.0])
+    assert keep_top_k(tied, 3)[1].tolist() == [1, 3, 2]
+    assert int(sample(None, tied, temperature=0)) == 1
+
+
+def test_a_single_survivor_is_the_greedy_choice():
+    logits = jax.random.normal(jax.random.key(1), (8, 300))
+    best = np.argmax(np.asarray(logits), axis=-1)
+    key = jax.random.key(2)
+    for settings in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 0}, {"temperature": 1e-30}):
+        ids = sample(key, logits, **settings)
+        assert ids.dtype == jnp.int32 and ids.shape == (8,)
+        np.testing.assert_array_equal(ids, best)
+
+
+def test_forbidden_tokens_are_never_drawn():
+    logits = np.where(np.arange(6) < 2, LOGITS, -np.inf)
+    expected = [0.05, 0.4, 0, 0, 0, 0]
+    assert_drawn_as(logits, expected, top_k=5)
+    assert_drawn_as(logits, expected, top_p=0.999999)
+
+
+def test_rows_and_dtypes():
+    """(v,) gives one id, (b, v) one per row; half precision is computed in float32."""
+    key = jax.random.key(3)
+    assert sample(key, jnp.asarray(LOGITS)).shape == ()
+    rows = jnp.stack([jnp.eye(6)[i] * 1e4 for i in (3, 0, 5)])
+    assert sample(key, rows, top_k=2, top_p=0.9).tolist() == [3, 0, 5]
+    low = jnp.asarray(LOGITS, jnp.bfloat16)
+    expected = draws(key, low.astype(jnp.float32), 200, top_k=3, top_p=0.8)
+    np.testing.assert_array_equal(draws(key, low, 200, top_k=3, top_p=0.8), expected)
+
+
+def test_a_traced_temperature_gives_the_same_tokens():
+    key, logits, settings = jax.random.key(4), jnp.asarray(LOGITS), {"top_k": 4, "top_p": 0.9}
+
+    @jax.jit
+    def draw(temperature):
+        return draws.__wrapped__(key, logits, 50, temperature=temperature, **settings)
+
+    np.testing.assert_array_equal(draw(0.7), draws(key, logits, 50, temperature=0.7, **settings))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"temperature": -0.1}, "temperature must be a number from 0 .greedy. up, got -0.1"),
+        ({"temperature": float("nan")}, "temperature .* got nan"),
+        ({"temperature": float("inf")}, "temperature .* got inf"),
+        ({"top_k": 0}, "top_k must be a whole number from 1 up, or None for all, got 0"),
+        ({"top_k": 2.5}, "top_k .* got 2.5"),
+        ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], or be None for no limit, got 0.0"),
+        ({"top_p": 1.1}, "top_p .* got 1.1"),
+        ({"top_p": float("nan")}, "top_p .* got nan"),
+        ({"temperature": 0, "top_k": -1}, "top_k .* got -1"),  # greedy does not hide a mistake
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        sample(jax.random.key(0), jnp.zeros(4), **settings)
