@@ -40,8 +40,8 @@ def generate(
     gives the same text, and every row and token draws with a key of its own.   tokenizer: one of
     ``transformers`` or ``tokenizers``, with the special tokens it adds to a prompt by default.
     prompt: str -> str, list of str -> list of str: each prompt followed by its continuation. In a
-    list, a row's text does not depend on its neighbours; row i draws with ``fold_in(key, i)``, and a
-    prompt alone is row 0, so that greedily (temperature=0) each continues as it would alone.
+    list, no row depends on its neighbours: row i draws with ``fold_in(key, i)``, a prompt alone as
+    row 0; with temperature=0, where no key matters, each continues as it would alone.
     eos_token_id: where this token comes, the text ends, without it; None never ends early.
 
     Tokens that the model or the tokenizer does not have (padding of the embedding) are never drawn.

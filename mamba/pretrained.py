@@ -150,8 +150,9 @@ def _read_params(path, config):
         if row.transpose:
             values = values.reshape(row.shape[0], row.shape[-1]).T
         dtype = jnp.float32 if row.float32 else config.dtype
+        values = np.asarray(values, jnp.dtype(dtype), order="C")
         # A copy of our own: the file may be mapped into memory, and may change or go away.
-        params[row.path] = jnp.asarray(np.array(values, jnp.dtype(dtype), order="C"))
+        params[row.path] = jnp.array(values)
     return unflatten_dict(params, sep=".")
 
 

@@ -65,13 +65,16 @@ def dict_of(items):
 
 def write_archive(path, pickled, storages=(), *, compression=zipfile.ZIP_STORED, extra=()):
     """A .bin file from a pickle and raw storages; data/0, data/1, … in order."""
+    members = [("weights/data.pkl", pickled), ("weights/byteorder", b"little")]
+    members += [(f"weights/data/{key}", data) for key, data in enumerate(storages)]
     with zipfile.ZipFile(path, "w", compression) as archive:
-        archive.writestr("weights/data.pkl", pickled)
-        archive.writestr("weights/byteorder", "little")
-        for key, data in enumerate(storages):
-            archive.writestr(f"weights/data/{key}", data)
-        for name, data in extra:
-            archive.writestr(name, data)
+        for name, data in [*members, *extra]:
+            info = zipfile.ZipInfo(name)
+            info.compress_type = compression
+            # like PyTorch, start the numbers at a multiple of 64: an extra field fills the gap
+            start = archive.fp.tell() + 30 + len(name) + 4
+            info.extra = b"FB" + struct.pack("<H", -start % 64) + bytes(-start % 64)
+            archive.writestr(info, data)
 
 
 def write_bin(path, arrays):

@@ -47,9 +47,11 @@ def refused(path, *parts):
     """read_tensors refuses the file, and says which file and why."""
     with pytest.raises(CheckpointError) as info:
         load(path)
-    for part in (path.name, *parts):
-        assert part in str(info.value)
-    assert len(str(info.value)) < 2000
+    where, _, why = str(info.value).partition(f"{path}: ")
+    assert not where and why, "the message begins with the file"
+    for part in parts:
+        assert part in why
+    assert len(why) < 2000
 
 
 # ---------------------------------------------------------------------- what torch.save wrote
@@ -263,7 +265,7 @@ def test_harmless_shapes(path):
     """What PyTorch does write: any stride along an axis of length 1, and empty tensors."""
     data = b.storage("0", "FloatStorage", 6)
     shapes = {
-        "one": b.tensor(data, 5, (1, 1), (2**40, 7)),
+        "one": b.tensor(data, 5, (1, 1), (2**62, 7)),
         "none": b.tensor(data, 6, (0, 5), (5, 1)),
         "scalar": b.tensor(data, 2, (), ()),
         "broadcast": b.tensor(data, 2, (2, 2), (0, 1)),
@@ -402,7 +404,7 @@ def test_a_directory_of_absurd_size(path):
     with zipfile.ZipFile(path, "w") as archive:
         for i in range(270):
             archive.writestr(f"{i}" + "x" * 65000, b"")
-    refused(path, "directory")
+    refused(path, "its directory has")
 
 
 def test_every_truncation_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""The discretization rules against SciPy, against each other, and where their formulas divide by 0."""
+"""The discretization rules against SciPy, against each other, and where a formula divides by 0."""
 
 import jax
 import jax.numpy as jnp

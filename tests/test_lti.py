@@ -76,12 +76,12 @@ def integrate(A, B, x, delta, t, h0):
     return np.array([states[s] for s in t])
 
 
-@pytest.mark.parametrize(("n", "l"), [(1, 1), (2, 5), (4, 3)])
+@pytest.mark.parametrize(("n", "l"), [(1, 1), (4, 3)])
 def test_exact_solution_agrees_with_an_ode_solver(n, l, double):
     A, B, _, _, h0 = system(n, seed=n)
     x, delta = tokens(l), 0.6
     t = np.array([0.35, 0.0, 0.61, 0.05, (l + 1.5) * delta, (l - 0.25) * delta])  # any order
-    h = exact_solution(*as_jax(A, B, x, delta, t, h0))
+    h = jax.jit(exact_solution)(*as_jax(A, B, x, delta, t, h0))
     assert h.shape == (len(t), n)
     assert relative_error(h, integrate(A, B, x, delta, t, h0)) < 1e-10
 
@@ -104,7 +104,7 @@ def test_exact_solution_in_float32():
     A, B, _, _, h0 = system(4, seed=6)
     x, delta = tokens(9), 0.4
     t = delta * np.arange(1, 10)
-    h = exact_solution(*(jnp.float32(v) for v in (A, B, x, delta, t, h0)))
+    h = jax.jit(exact_solution)(*(jnp.float32(v) for v in (A, B, x, delta, t, h0)))
     A_bar, B_bar = scipy_zoh(A, B, delta)
     assert relative_error(h, numpy_loop(A_bar, B_bar, B, 0.0, x, h0)[1]) < 1e-5
 
@@ -220,27 +220,26 @@ def through_convolution(A, B, C, D, x, delta):
     return causal_convolution(x, convolution_kernel(*zoh(A, B, delta), C, x.shape[0]), D)
 
 
-@pytest.mark.parametrize(("n", "l"), [(1, 1), (3, 1), (3, 7), (4, 18)])
-@pytest.mark.parametrize("view", [through_recurrence, through_convolution])
-def test_views_agree_forward_and_in_every_gradient(view, n, l, double):
+@pytest.mark.parametrize(("n", "l"), [(1, 1), (3, 7)])
+def test_views_agree_forward_and_in_every_gradient(n, l, double):
     A, B, C, D, _ = system(n, seed=10 * n + l)
     arguments = as_jax(A, B, C, D, tokens(l), 0.45)
     weights = jnp.asarray(tokens(l, seed=5))
 
-    def value_and_gradients(f):
-        y = f(*arguments)
-        loss = lambda *a: jnp.sum(weights * f(*a))  # noqa: E731
-        return y, jax.grad(loss, argnums=range(6))(*arguments)
+    def output_and_gradients(view):
+        def loss(*arguments):
+            y = view(*arguments)
+            return jnp.sum(weights * y), y
 
-    y, gradients = value_and_gradients(view)
-    y_ref, gradients_ref = value_and_gradients(through_exact_solution)
-    assert relative_error(y, y_ref) < 1e-11
-    for name, g, g_ref in zip(
-        ["A", "B", "C", "D", "x", "delta"], gradients, gradients_ref, strict=True
-    ):
-        assert g.shape == g_ref.shape, name
-        # for l = 1 the gradient in D is x exactly; 1e-30 in relative_error takes care of zeros
-        assert relative_error(g, g_ref) < 1e-9, name
+        gradients, y = jax.jit(jax.grad(loss, argnums=range(6), has_aux=True))(*arguments)
+        return y, dict(zip(["A", "B", "C", "D", "x", "delta"], gradients, strict=True))
+
+    y_exact, exact = output_and_gradients(through_exact_solution)
+    for view in (through_recurrence, through_convolution):
+        y, gradients = output_and_gradients(view)
+        assert relative_error(y, y_exact) < 1e-11
+        for name in exact:
+            assert relative_error(gradients[name], exact[name]) < 1e-9, name
 
 
 def test_recurrence_continues_from_its_state(double):

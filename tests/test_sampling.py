@@ -13,9 +13,10 @@ DRAWS = 20_000
 LOGITS = np.log(np.array([0.05, 0.4, 0.02, 0.2, 0.03, 0.3], np.float32))  # ranking 1 5 3 0 4 2
 
 
-@functools.partial(jax.jit, static_argnames=("n", "temperature", "top_k", "top_p"))
-def draws(key, logits, n, **settings):
-    """One token id for each of n keys: (n,)."""
+@functools.partial(jax.jit, static_argnames=("n", "top_k", "top_p"))
+def draws(key, logits, n, temperature=1.0, top_k=None, top_p=None):
+    """One token id for each of n keys: (n,). The temperature is traced."""
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     return jax.vmap(lambda key: sample(key, logits, **settings))(jax.random.split(key, n))
 
 
@@ -126,12 +127,8 @@ def test_rows_and_dtypes():
 
 def test_a_traced_temperature_gives_the_same_tokens():
     key, logits, settings = jax.random.key(4), jnp.asarray(LOGITS), {"top_k": 4, "top_p": 0.9}
-
-    @jax.jit
-    def draw(temperature):
-        return draws.__wrapped__(key, logits, 50, temperature=temperature, **settings)
-
-    np.testing.assert_array_equal(draw(0.7), draws(key, logits, 50, temperature=0.7, **settings))
+    plain = jax.jit(lambda: draws.__wrapped__(key, logits, 50, temperature=0.7, **settings))()
+    np.testing.assert_array_equal(draws(key, logits, 50, temperature=0.7, **settings), plain)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,64 @@
+"""The published weights give the published outputs. Needs the internet; `make network-test`.
+
+The expected values stand in the model cards and tests of others; they were not produced here.
+"""
+
+import jax
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from mamba import Mamba, generate
+from mamba.pretrained import load_tokenizer
+
+pytestmark = pytest.mark.network
+
+
+@pytest.fixture(scope="module")
+def small():
+    """state-spaces/mamba-130m-hf: transformers' naming, safetensors."""
+    return Mamba.from_pretrained("state-spaces/mamba-130m-hf")
+
+
+def test_370m_in_the_original_format():
+    name = "state-spaces/mamba-370m"
+    model, params = Mamba.from_pretrained(name)
+    text = generate(
+        model,
+        key=jax.random.PRNGKey(0),
+        params=params,
+        tokenizer=load_tokenizer(name),
+        prompt="Mamba is the",
+        n_tokens_to_gen=40,
+        temperature=0,
+    )
+    assert text == (
+        "Mamba is the first game to be released on the Nintendo Switch. It is a side-scrolling "
+        "platformer that is set in a futuristic world where the player must fight against the evil "
+        "forces of the Mamba"
+    )
+
+
+def test_130m_continues(small):
+    model, params = small
+    tokenizer = load_tokenizer("state-spaces/mamba-130m-hf")
+    assert isinstance(tokenizer, Tokenizer)
+    text = generate(
+        model,
+        key=jax.random.PRNGKey(0),
+        params=params,
+        tokenizer=tokenizer,
+        prompt="Hey how are you doing?",
+        n_tokens_to_gen=10,
+        temperature=0,
+    )
+    assert text == "Hey how are you doing?\n\nI'm so glad you're here."
+
+
+def test_130m_first_logits(small):
+    """At position 0 of the same prompt. 0.05 is what differs between kinds of hardware."""
+    model, params = small
+    ids = load_tokenizer("state-spaces/mamba-130m-hf").encode("Hey how are you doing?").ids
+    logits = np.asarray(model.apply({"params": params}, np.array([ids])))[0, 0, :4]
+    expected = np.array([-55.6909, -69.7903, -49.8981, -51.7581])
+    np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=0.05)
