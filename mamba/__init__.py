@@ -1,8 +1,8 @@
 """Mamba, the selective state space model, in JAX: the module that the book is about.
 
-    model, params = Mamba.from_pretrained("state-spaces/mamba-370m")
-    logits = model.apply({"params": params}, tokens)
-    text = generate(model, key=key, params=params, tokenizer=tokenizer, prompt=..., ...)
+model, params = Mamba.from_pretrained("state-spaces/mamba-370m")
+logits = model.apply({"params": params}, tokens)
+text = generate(model, key=key, params=params, tokenizer=tokenizer, prompt=..., ...)
 """
 
 from mamba.generate import generate, stream

@@ -264,10 +264,12 @@ def export(args, model, params, tokenizer, held_out, train_state, corpus):
         temperature=0,
     )
     steps = int(train_state["step"])
+    run = describe_run() | {"devices": jax.device_count()}
+    run["command"] = run["command"].removesuffix(" --export-only")  # the one that trains
     result = {
-        "run": describe_run() | {"devices": jax.device_count()},
+        "run": run,
         "settings": {
-            k: v for k, v in vars(args).items() if k not in ("work", "out", "export_only")
+            k: v for k, v in vars(args).items() if k != "export_only" and not isinstance(v, Path)
         },
         "corpus": corpus,
         "size": sizes,

@@ -79,11 +79,13 @@ def test_top_p_matches_a_plain_loop():
 
 
 def test_top_p_keeps_at_least_one_and_all_at_one():
-    logits = jnp.asarray([50.0, 0.0, -50.0, -200.0])
-    assert np.isfinite(np.asarray(keep_top_p(logits, 1e-9))).tolist() == [True] + [False] * 3
-    assert np.isfinite(
-        np.asarray(keep_top_p(logits, 1.0))
-    ).all()  # although the sum is 1 before the end
+    def kept(logits, p):
+        return np.isfinite(np.asarray(keep_top_p(jnp.asarray(logits), p))).tolist()
+
+    steep = [50.0, 0.0, -50.0, -200.0]
+    assert kept(steep, 1e-9) == [True, False, False, False]
+    assert kept(steep, 1.0) == [True] * 4  # although the sum rounds to 1 long before the end
+    assert kept([0.0] * 4, 0.5) == [True, True, False, False]  # two quarters are just enough
 
 
 def test_ties_go_to_the_lower_id():
