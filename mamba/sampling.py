@@ -66,7 +66,7 @@ def keep_top_p(logits, p):
     check_sampling(top_p=p)
     probabilities = jax.nn.softmax(logits, axis=-1)  # (..., k)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities  # (..., k)
-    return jnp.where((before <= p) | (p == 1), logits, -jnp.inf)
+    return jnp.where((before < p) | (p == 1), logits, -jnp.inf)
 
 
 def check_sampling(temperature=1.0, top_k=None, top_p=None):
