@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mamba.scan import selective_scan
 
@@ -309,7 +310,8 @@ def _check_tokens(tokens, config):
     if tokens.shape[1] == 0:
         raise ValueError("tokens has length 0: the model needs at least one token to start from")
     if not isinstance(tokens, jax.core.Tracer) and tokens.size:
-        low, high = int(tokens.min()), int(tokens.max())
+        values = np.asarray(tokens)  # NumPy: inside jit, even a constant's minimum is traced
+        low, high = int(values.min()), int(values.max())
         if low < 0 or high >= config.padded_vocab_size:
             raise ValueError(
                 f"token ids run from {low} to {high}, but this model's vocabulary is "
