@@ -511,15 +511,3 @@ def test_state_of_another_model():
 def test_bad_config(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMALL, **change)
-
-
-def test_constant_tokens_inside_jit_are_checked_too():
-    """Tokens that jit closes over are known while tracing; looking at them must not be traced."""
-    config = MambaConfig(d_model=8, n_layer=1, vocab_size=16)
-    model, tokens = Mamba(config), jnp.array([[1, 2, 3]])
-    params = model.init(jax.random.PRNGKey(0), tokens)["params"]
-    logits = jax.jit(lambda p: model.apply({"params": p}, tokens))(params)
-    assert logits.shape == (1, 3, config.padded_vocab_size)
-    wrong = tokens + 99
-    with pytest.raises(ValueError, match="token ids"):
-        jax.jit(lambda p: model.apply({"params": p}, wrong))(params)
