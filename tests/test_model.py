@@ -152,8 +152,13 @@ def test_gradients_agree_with_float64_differences(config):
     tokens = random_tokens(config, 2, 9)
     rng = np.random.default_rng(1)
     weight = rng.normal(size=(2, 9, config.padded_vocab_size))
-    loss = lambda p: (compiled(config)(p, tokens) * jnp.float32(weight)).sum()  # noqa: E731
-    gradient = to_float64(jax.grad(loss)(params))
+
+    @jax.jit
+    @jax.grad
+    def loss_gradient(params, tokens, weight):
+        return (Mamba(config).apply({"params": params}, tokens) * weight).sum()
+
+    gradient = to_float64(loss_gradient(params, tokens, jnp.float32(weight)))
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, path
 
@@ -489,8 +494,8 @@ def test_known_tokens_inside_a_jitted_function():
 
 def test_state_of_another_model():
     model, params = make(SMALL)
-    with pytest.raises(ValueError):
-        model.apply({"params": params}, random_tokens(SMALL, 1, 3), model.initial_state(1)[:1])
+    with pytest.raises(ValueError):  # one layer's state for two layers
+        compiled(SMALL)(params, random_tokens(SMALL, 1, 3), model.initial_state(1)[:1])
 
 
 @pytest.mark.parametrize(
