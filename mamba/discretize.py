@@ -79,15 +79,16 @@ def zoh_diag(A, B, delta):
 
         A_bar = exp(Δ A),    B_bar = (exp(Δ A) − 1) / A · B
 
-    A, B, delta: any shapes that broadcast -> A_bar, B_bar. ``expm1`` keeps the quotient accurate
-    for small Δ A, and its limit Δ B is used (with a finite gradient) where A is exactly 0.
+    A, B, delta: any shapes that broadcast -> A_bar, B_bar. For small Δ A
+    the quotient is a series: exact in the limit A = 0, and its gradient loses no digits there.
     """
     z = delta * A
-    zero = z == 0
-    safe = jnp.where(
-        zero, 1.0, z
-    )  # the division must be finite on both branches, or its gradient is NaN
-    ratio = jnp.where(zero, 1.0 + z / 2, jnp.expm1(safe) / safe)
+    small = jnp.abs(z) < 0.05
+    safe = jnp.where(small, 1.0, z)  # finite on both branches, or the gradient would be NaN
+    series = 1.0
+    for k in range(9, 1, -1):
+        series = 1 + z / k * series  # (exp(z) − 1) / z = 1 + z/2! + z²/3! + …
+    ratio = jnp.where(small, series, jnp.expm1(safe) / safe)
     return jnp.exp(z), delta * ratio * B
 
 

@@ -1,5 +1,7 @@
 """The discretization rules against SciPy, against each other, and where a formula divides by 0."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -242,3 +244,11 @@ def test_gradients_against_central_differences(rule, double):
 def test_dense_rules_refuse_wrong_shapes(rule, A, B):
     with pytest.raises(ValueError, match=r"expected A of shape \(n, n\).*_diag"):
         rule(jnp.ones(A), jnp.ones(B), 0.1)
+
+
+@pytest.mark.parametrize("z", [1e-7, 1e-5, 1e-3, 0.049, 0.051, 1.0])
+def test_float32_gradient_of_zoh_diag_keeps_its_digits(z):
+    """d/dA of (exp(A) − 1) / A is (A exp(A) − exp(A) + 1) / A², which float32 cannot evaluate."""
+    grad = jax.grad(lambda a: zoh_diag(a, 1.0, 1.0)[1])(jnp.float32(-z))
+    exact = sum((k + 1) * (-z) ** k / math.factorial(k + 2) for k in range(20))
+    assert abs(float(grad) / exact - 1) < 1e-5
