@@ -84,11 +84,12 @@ def zoh_diag(A, B, delta):
     """
     z = delta * A
     small = jnp.abs(z) < 0.05
-    safe = jnp.where(small, 1.0, z)  # finite on both branches, or the gradient would be NaN
+    # Each branch sees only what it can compute: an overflow in the other would turn into NaN.
+    near, far = jnp.where(small, z, 0.0), jnp.where(small, 1.0, z)
     series = 1.0
     for k in range(9, 1, -1):
-        series = 1 + z / k * series  # (exp(z) − 1) / z = 1 + z/2! + z²/3! + …
-    ratio = jnp.where(small, series, jnp.expm1(safe) / safe)
+        series = 1 + near / k * series  # (exp(z) − 1) / z = 1 + z/2! + z²/3! + …
+    ratio = jnp.where(small, series, jnp.expm1(far) / far)
     return jnp.exp(z), delta * ratio * B
 
 

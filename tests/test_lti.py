@@ -19,14 +19,6 @@ from mamba.lti import (
 from tests.reference import relative_error
 
 
-@pytest.fixture
-def double():
-    """float64 inside: a wrong formula cannot hide behind float32's rounding."""
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
-
-
 def system(n, seed=0):
     """A stable, non-normal A with complex eigenvalues; B, C, D and an initial state."""
     rng = np.random.default_rng(seed)
