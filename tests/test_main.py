@@ -146,7 +146,7 @@ def test_help(run):
         (["a", "--temperature", "-1"], "temperature must be"),
         (["a", "--top-k", "-1"], "top_k must be"),
         (["a", "--top-p", "1.5"], "top_p must lie in"),
-        (["a", "--n-tokens", "0"], "--n-tokens must be at least 1, got 0"),
+        (["a", "--n-tokens", "0"], "--n-tokens must be at least 1 (or 0 with --save-state), got 0"),
         (["a", "--n-tokens", "x"], "invalid int"),
         (["a", "--dtype", "int8"], "invalid choice"),
         (["a", "b"], "unrecognized arguments: b"),
