@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import mamba.pretrained  # noqa: F401 (attaches from_pretrained)
 from mamba.generate import generate, stream
 from mamba.model import Mamba, MambaConfig
 from mamba.prompt import _read
@@ -361,3 +362,74 @@ def test_a_tokenizer_that_does_not_fit(arguments):
         ValueError, match=r"token ids up to \d+, but the model's vocabulary is 0 … 99"
     ):
         generate(prompt="日本", **(arguments | {"model": model, "params": params}))
+
+
+def test_stop_strings(arguments):
+    """Wherever they lie, across blocks of tokens too: the text before the first; rows by row."""
+    arguments |= {"n_tokens_to_gen": 50, "temperature": 0}
+    prompts = ["def", "日本", "x = ("]
+    whole = generate(prompt=prompts, **arguments)
+    news = [text[len(p) :] for text, p in zip(whole, prompts, strict=True)]
+    for i, new in enumerate(news):
+        for start in (0, 3, len(new) // 2, len(new) - 2):
+            stop = [new[start : start + 2], "never there"]
+            cut = [p + n.split(stop[0])[0] for p, n in zip(prompts, news, strict=True)]
+            assert generate(prompt=prompts, stop=stop, **arguments) == cut
+            assert (
+                "".join(stream(prompt=prompts[i], stop=stop[0], **arguments))
+                == (cut[i][len(prompts[i]) :])
+            )
+
+
+def test_a_stop_string_spares_the_rest(arguments, monkeypatch):
+    steps = []
+    loop = compiled._loop
+
+    def spy(*args, **kwargs):
+        steps.append(args[5])
+        return loop(*args, **kwargs)
+
+    monkeypatch.setattr(compiled, "_loop", spy)
+    arguments |= {"n_tokens_to_gen": 500, "temperature": 0, "prompt": "def"}
+    new = generate(**arguments | {"n_tokens_to_gen": 20})[3:]
+    steps.clear()
+    generate(stop=new[12:14], **arguments)
+    assert sum(steps) <= 32
+
+
+def test_repetition_penalty(tokenizer, monkeypatch):
+    """Over prompt and generated tokens: equal logits, each token once, none of the prompt's."""
+    model, params = make_indifferent_model(tokenizer.get_vocab_size())
+    params["norm_f"]["scale"] = jnp.ones_like(params["norm_f"]["scale"])
+    params["embedding"]["embedding"] = jnp.ones_like(params["embedding"]["embedding"])
+    params["lm_head"]["kernel"] = jnp.ones_like(params["lm_head"]["kernel"])  # all logits 16
+    arguments = {"model": model, "params": params, "tokenizer": tokenizer, "key": KEY}
+    settings = {"prompt": ["q", "x!"], "n_tokens_to_gen": 100, "top_k": None}
+    rows = generated_ids(monkeypatch, arguments, repetition_penalty=1e6, **settings)
+    for row, prompt in zip(rows, settings["prompt"], strict=True):
+        assert len(set(row)) == 100 and not set(row) & set(tokenizer.encode(prompt).ids)
+    rows = generated_ids(monkeypatch, arguments, **settings)
+    assert len(set(rows[0])) < 100  # without it, some come twice
+    greedy = generated_ids(
+        monkeypatch, arguments, repetition_penalty=2.0, **settings | {"temperature": 0}
+    )
+    assert all(len(set(row)) == 100 for row in greedy)
+
+
+@pytest.mark.parametrize("stop", ["", ["a", ""], [3]])
+def test_bad_stop_strings(arguments, stop):
+    with pytest.raises(ValueError, match="stop must be a non-empty str or a list of such"):
+        generate(prompt="a", stop=stop, **arguments)
+
+
+def test_bfloat16_of_the_embedded_model():
+    from mamba import EMBEDDED
+
+    tokens = jnp.array([Tokenizer.from_file(str(EMBEDDED / "tokenizer.json")).encode(TEXT).ids])
+    logits = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        model, params = Mamba.from_pretrained(EMBEDDED, dtype=dtype)
+        logits[dtype], state = model.apply({"params": params}, tokens, model.initial_state(1))
+        assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype(jnp.float32)}
+    full, half = logits.values()
+    assert 1e-4 < jnp.abs(full - half).max() / jnp.abs(full).max() < 2e-2
