@@ -8,7 +8,9 @@ text = generate(model, key=key, params=params, tokenizer=tokenizer, prompt=..., 
 from mamba.generate import generate, stream
 from mamba.model import LayerState, Mamba, MambaBlock, MambaConfig, ResidualBlock, RMSNorm
 from mamba.pretrained import EMBEDDED
+from mamba.prompt import read_prompt
 from mamba.scan import selective_scan
+from mamba.state import TextState, load_state, save_state, state_bytes
 
 __version__ = "0.1.0"
 
@@ -20,7 +22,12 @@ __all__ = [
     "MambaConfig",
     "RMSNorm",
     "ResidualBlock",
+    "TextState",
     "generate",
+    "load_state",
+    "read_prompt",
+    "save_state",
     "selective_scan",
+    "state_bytes",
     "stream",
 ]

@@ -10,7 +10,9 @@ import jax
 from mamba.generate import stream
 from mamba.model import Mamba
 from mamba.pretrained import EMBEDDED, load_tokenizer
+from mamba.prompt import read_prompt
 from mamba.sampling import check_sampling
+from mamba.state import load_state, save_state
 
 DESCRIPTION = "Continue a text with a Mamba language model."
 EXAMPLES = """\
@@ -19,6 +21,10 @@ examples:
   %(prog)s --temperature 0 "import "                    always the likeliest token
   %(prog)s --model state-spaces/mamba-130m "Mamba is"   a model from the Hugging Face Hub
   %(prog)s --model ./my-folder --top-p 0.9 < start.txt  a local folder, the prompt from a file
+a long text, read once and continued twice:
+  %(prog)s -n 0 --save-state text.safetensors < long.txt
+  %(prog)s --state text.safetensors "To sum up,"
+  %(prog)s --state text.safetensors --seed 1 --stop . "In one sentence:"
 """
 END_OF_TEXT = "<|endoftext|>"  # as both our tokenizer and GPT-NeoX's call it
 
@@ -29,13 +35,22 @@ def main(argv=None):
     args = parser.parse_args(argv)
     args.top_k = args.top_k or None
     try:
-        check_sampling(args.temperature, args.top_k, args.top_p)
+        check_sampling(
+            args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty
+        )
     except ValueError as error:
         parser.error(str(error))
-    if args.n_tokens < 1:
-        parser.error(f"--n-tokens must be at least 1, got {args.n_tokens}")
+    if args.n_tokens < (0 if args.save_state else 1):
+        parser.error(f"--n-tokens must be at least 1 (or 0 with --save-state), got {args.n_tokens}")
+    for path in filter(None, (args.state, args.save_state)):
+        if not path.endswith(".safetensors"):
+            parser.error(f"a state is kept in a file named *.safetensors, not {path}")
+    if "" in args.stop:
+        parser.error("--stop must not be empty")
     if args.prompt is None and sys.stdin.isatty():
-        parser.error("no prompt: give one as an argument, or pipe one in")
+        if not args.state:
+            parser.error("no prompt: give one as an argument, or pipe one in")
+        args.prompt = ""
     try:
         _run(args)
     except KeyboardInterrupt:
@@ -62,11 +77,18 @@ def _parser():
     add("--model", default=EMBEDDED, metavar="NAME", help="folder, or repository of the hub")
     add("--revision", metavar="REV", help="branch, tag or commit of the repository")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
-    add("--n-tokens", type=int, default=128, metavar="N", help="at most so many (default: 128)")
+    add("-n", "--n-tokens", type=int, default=128, metavar="N", help="at most (default: 128)")
     add("--temperature", type=float, default=1.0, metavar="T", help="0: greedy (default: 1)")
     add("--top-k", type=int, default=40, metavar="K", help="0: no limit (default: 40)")
     add("--top-p", type=float, metavar="P", help="in (0, 1] (default: no limit)")
+    add("--min-p", type=float, metavar="P", help="in [0, 1], of the likeliest (default: no limit)")
+    add("--repetition-penalty", type=float, metavar="R", help="above 1: repeat less (default: 1)")
+    add(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated"
+    )
     add("--seed", type=int, default=0, help="same seed, same text (default: 0)")
+    add("--state", metavar="FILE", help="go on after a text that was read before")
+    add("--save-state", metavar="FILE", help="keep what was read, prompt included, for --state")
     return parser
 
 
@@ -74,17 +96,27 @@ def _run(args):
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt in (None, "-") else args.prompt
     tokenizer = load_tokenizer(args.model, revision=args.revision)
     model, params = Mamba.from_pretrained(args.model, revision=args.revision, dtype=args.dtype)
+    text = {"params": params, "tokenizer": tokenizer, "prompt": prompt, "state": None}
+    if args.state:
+        text["state"] = load_state(args.state, model)
+    if args.save_state:
+        text["state"] = read_prompt(model, **text)
+        save_state(text["state"], args.save_state)
+        text["prompt"] = ""  # it is part of the state now
+        if args.n_tokens == 0:
+            return
     pieces = stream(
         model,
+        **text,
         key=jax.random.key(args.seed),
-        params=params,
-        tokenizer=tokenizer,
-        prompt=prompt,
         n_tokens_to_gen=args.n_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
         eos_token_id=tokenizer.token_to_id(END_OF_TEXT),
+        stop=args.stop,
     )
     sys.stdout.reconfigure(errors="replace")  # a terminal may know fewer characters than the model
     start = time.perf_counter()

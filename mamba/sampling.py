@@ -1,9 +1,10 @@
-"""From logits to a token: temperature, top-k, top-p, and a draw.
+"""From logits to a token: a penalty for repetition, temperature, top-k, top-p, min-p, and a draw.
 
-    p_i ∝ exp(logit_i / temperature), over the candidates that the two filters leave
+    p_i ∝ exp(logit_i / temperature), over the candidates that the three filters leave
 
-The filters are functions from logits to logits. Both speak of candidates in falling order, because
-both ask how far down a ranking to go: ``keep_top_k`` makes the ranking, ``keep_top_p`` reads it.
+The filters are functions from logits to logits: what they reject becomes −inf, whose exp is 0. Two
+of them speak of candidates in falling order, because they ask how far down a ranking to go:
+``keep_top_k`` makes the ranking, ``keep_top_p`` reads it. ``keep_min_p`` needs none.
 """
 
 import numbers
@@ -11,25 +12,27 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-__all__ = ["check_sampling", "keep_top_k", "keep_top_p", "sample"]
+__all__ = ["check_sampling", "keep_min_p", "keep_top_k", "keep_top_p", "penalize", "sample"]
 
 
-def sample(key, logits, *, temperature=1.0, top_k=None, top_p=None):
+def sample(key, logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None):
     """Draw a token id from each row of logits.
 
     logits: (v,) or (b, v), computed in float32 whatever their dtype; −inf forbids a token.
     temperature ≥ 0, dividing the logits: below 1 sharper, above 1 flatter; 0 takes the likeliest
     token (the first of equals) and neither filter nor key matters. Under ``jit`` a positive
-    temperature may be a traced number; top_k and top_p shape the program and may not.
-    top_k: only the k likeliest tokens stay (Fan et al., 2018). Then top_p: of those only the
-    fewest likeliest whose probabilities together reach p (Holtzman et al., 2020). None: no limit.
+    temperature and min_p may be traced numbers; top_k and top_p shape the program and may not.
+    Then, in this order, each on what the one before it left and None for no limit:
+    top_k: only the k likeliest tokens stay (Fan et al., 2018).
+    top_p: only the fewest likeliest whose probabilities together reach p (Holtzman et al., 2020).
+    min_p: only those at least min_p times as probable as the likeliest (Nguyen et al., 2024).
 
     Returns ids: () or (b,), int32. Raises ValueError for settings out of range.
     """
-    traced = isinstance(temperature, jax.core.Tracer)
-    check_sampling(1.0 if traced else temperature, top_k, top_p)
+    known = [None if isinstance(v, jax.core.Tracer) else v for v in (temperature, min_p)]
+    check_sampling(1.0 if known[0] is None else known[0], top_k, top_p, known[1])
     logits = jnp.asarray(logits, jnp.float32)  # (..., v)
-    if not traced and temperature == 0:
+    if known[0] == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)  # (...,)
 
     # Differences are all that counts; from the largest down, a tiny temperature cannot overflow.
@@ -39,6 +42,8 @@ def sample(key, logits, *, temperature=1.0, top_k=None, top_p=None):
         logits, ids = keep_top_k(logits, logits.shape[-1] if top_k is None else top_k)  # (..., k)
     if top_p not in (None, 1):
         logits = keep_top_p(logits, top_p)  # (..., k)
+    if min_p is not None:
+        logits = keep_min_p(logits, min_p)  # (..., k)
     choice = jax.random.categorical(key, logits)  # (...,), an index into the candidates
     if ids is not None:
         choice = jnp.take_along_axis(ids, choice[..., None], axis=-1)[..., 0]
@@ -69,11 +74,52 @@ def keep_top_p(logits, p):
     return jnp.where((before < p) | (p == 1), logits, -jnp.inf)
 
 
-def check_sampling(temperature=1.0, top_k=None, top_p=None):
-    """Raise ValueError unless 0 ≤ temperature < ∞, top_k ≥ 1 and 0 < top_p ≤ 1 (None: no limit)."""
+def keep_min_p(logits, p):
+    """−inf for every candidate less than p times as probable as the likeliest one.
+
+        candidate i stays  ⇔  exp(logit_i − max_j logit_j) ≥ p
+
+    so the likeliest always stays, with p = 1 it and its equals only, with p = 0 all. logits:
+    (..., k) in any order -> (..., k). Raises ValueError for p outside [0, 1] (unless traced).
+    """
+    if not isinstance(p, jax.core.Tracer):
+        check_sampling(min_p=p)
+    odds = jnp.exp(logits - logits.max(axis=-1, keepdims=True))  # (..., k)
+    return jnp.where(odds >= p, logits, -jnp.inf)
+
+
+def penalize(logits, seen, penalty):
+    """Make the tokens that the text already holds less likely; before the temperature.
+
+        logit_i ← logit_i / penalty  if logit_i > 0,  logit_i · penalty  otherwise,  where seen_i
+
+    logits: (..., v).   seen: (..., v), True for those tokens.   penalty > 0: above 1 discourages
+    repetition, below 1 invites it, 1 changes nothing. -> (..., v). Source: Keskar et al. (2019),
+    §4.1, who divide; for negative logits, where dividing would reward, transformers multiplies.
+    Raises ValueError for a penalty that is not positive (unless traced).
+    """
+    if not isinstance(penalty, jax.core.Tracer):
+        check_sampling(repetition_penalty=penalty)
+    penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)  # (..., v)
+    return jnp.where(seen, penalized, logits)
+
+
+def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=None):
+    """Raise ValueError for a setting that is out of range; the message says which, and the range.
+
+    0 ≤ temperature < ∞, top_k ≥ 1, 0 < top_p ≤ 1, 0 ≤ min_p ≤ 1, 0 < repetition_penalty < ∞; None,
+    for all but the temperature, means no limit.
+    """
     if not 0 <= temperature < float("inf"):  # a NaN fails every comparison
         raise ValueError(f"temperature must be a number from 0 (greedy) up, got {temperature}")
     if top_k is not None and (not isinstance(top_k, numbers.Integral) or top_k < 1):
         raise ValueError(f"top_k must be a whole number from 1 up, or None for all, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1], or be None for no limit, got {top_p}")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise ValueError(f"min_p must lie in [0, 1], or be None for no limit, got {min_p}")
+    if repetition_penalty is not None and not 0 < repetition_penalty < float("inf"):
+        raise ValueError(
+            "repetition_penalty must be a number above 0 (1 or None: no penalty), got "
+            f"{repetition_penalty}"
+        )

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import mamba.pretrained  # noqa: F401 (attaches from_pretrained)
 from mamba.generate import generate, stream
 from mamba.model import Mamba, MambaConfig
+from mamba.prompt import _read
+from mamba.text import TextWriter
 
 compiled = importlib.import_module("mamba.generate")  # `mamba.generate` is the function
 SIZES = {"d_model": 16, "n_layer": 2, "d_state": 4, "tie_embeddings": False}
@@ -85,18 +88,22 @@ _full = jax.jit(
 
 def generated_ids(monkeypatch, arguments, **changes):
     """The token ids behind a generated text, before they become one (text need not encode back)."""
-    seen = []
-    pieces = compiled._pieces
+    writers = []
 
-    def spy(tokenizer, context, tokens, eos):
-        tokens = list(tokens)
-        seen.append(tokens)
-        return pieces(tokenizer, context, tokens, eos)
+    class Spy(TextWriter):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.ids = []
+            writers.append(self)
+
+        def write(self, token):
+            self.ids.append(token)
+            return super().write(token)
 
     with monkeypatch.context() as patch:
-        patch.setattr(compiled, "_pieces", spy)
+        patch.setattr(compiled, "TextWriter", Spy)
         generate(**(arguments | changes))
-    return seen
+    return [writer.ids for writer in writers]
 
 
 PROMPTS = [
@@ -163,15 +170,15 @@ def test_few_compilations_for_many_prompts(tokenizer):
     model, params = make_indifferent_model(
         tokenizer.get_vocab_size(), norm_eps=2e-5
     )  # not seen before
-    functions = compiled._read, compiled._loop, compiled._step
+    functions = _read, compiled._first, compiled._loop, compiled._step
     before = [f._cache_size() for f in functions]
     arguments = {"model": model, "params": params, "tokenizer": tokenizer, "key": KEY}
     for n in range(1, 21):  # byte-level: between 1 and ~40 tokens, so the buckets 16, 32 and 64
         settings = {"temperature": n / 10, "eos_token_id": n, "n_tokens_to_gen": 10 + n % 6}
         generate(prompt="日xz"[n % 3] * n, **arguments, **settings)
         assert "".join(stream(prompt="q" * (1 + n % 9), **arguments, **settings)) is not None
-    read, loop, step = (f._cache_size() - b for f, b in zip(functions, before, strict=True))
-    assert read <= 3 and loop == 1 and step == 1
+    read, *others = (f._cache_size() - b for f, b in zip(functions, before, strict=True))
+    assert read <= 3 and others == [1, 1, 1]
 
 
 def test_eos_ends_the_text_before_it(arguments, monkeypatch):
@@ -209,19 +216,28 @@ def test_stream_equals_generate(arguments, prompt, settings):
     assert len(pieces) in (16, 17) and not any(p.endswith("\ufffd") for p in pieces[:16])
 
 
+def pieces(tokenizer, context, tokens, eos_token_id=None, stop=()):
+    """The pieces that the tokens make, and last what was held back, if anything."""
+    writer = TextWriter(tokenizer, context, eos_token_id, stop)
+    for token in tokens:
+        yield writer.write(token)
+    if rest := writer.close():
+        yield rest
+
+
 def test_pieces_never_split_a_character(tokenizer):
     """Characters of two to four bytes, some several tokens: each whole, at its last token."""
     context, text = "é😀", "日本語 naïve 👩‍👩‍👧 \ufffd! ok"
     ids = tokenizer.encode(text).ids
     assert any(tokenizer.decode([i]) == "\ufffd" for i in ids)
-    pieces = list(compiled._pieces(tokenizer, tokenizer.encode(context).ids, ids, None))
-    assert "".join(pieces) == text and "" in pieces
-    assert not any(p.endswith("\ufffd") for p in pieces)
+    found = list(pieces(tokenizer, tokenizer.encode(context).ids, ids))
+    assert "".join(found) == text and "" in found
+    assert not any(p.endswith("\ufffd") for p in found)
     # An unfinished one at the end comes last, as what decoding makes of it.
     half = tokenizer.encode("ok 🦀").ids[:-1]
-    pieces = list(compiled._pieces(tokenizer, [], half, None))
-    assert "".join(pieces) == tokenizer.decode(half) == "ok \ufffd"
-    assert len(pieces) == len(half) + 1
+    found = list(pieces(tokenizer, [], half))
+    assert "".join(found) == tokenizer.decode(half) == "ok \ufffd"
+    assert len(found) == len(half) + 1
 
 
 def test_pieces_keep_the_space_of_a_word():
@@ -229,8 +245,8 @@ def test_pieces_keep_the_space_of_a_word():
     words = {"<unk>": 0, "▁the": 1, "▁cat": 2, "s": 3, "▁": 4}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.decoder = decoders.Metaspace()
-    pieces = list(compiled._pieces(tokenizer, [1], [2, 3, 1, 2], None))
-    assert pieces == [" cat", "s", " the", " cat"]
+    found = list(pieces(tokenizer, [1], [2, 3, 1, 2]))
+    assert found == [" cat", "s", " the", " cat"]
 
 
 def test_both_kinds_of_tokenizer(arguments):
@@ -267,7 +283,7 @@ def test_special_tokens_that_the_tokenizer_adds(arguments, monkeypatch):
     context = [0, *tokenizer.encode("def", add_special_tokens=False).ids]
     assert ids == reference_ids(arguments["model"], arguments["params"], context, 12)
     assert generate(**arguments) == "def" + tokenizer.decode(ids, skip_special_tokens=False)
-    assert "".join(compiled._pieces(tokenizer, context, [0, 70], None)).startswith("<|endoftext|>")
+    assert "".join(pieces(tokenizer, context, [0, 70])).startswith("<|endoftext|>")
 
 
 def test_padding_of_the_vocabulary_is_never_drawn(tokenizer, monkeypatch):
@@ -346,3 +362,74 @@ def test_a_tokenizer_that_does_not_fit(arguments):
         ValueError, match=r"token ids up to \d+, but the model's vocabulary is 0 … 99"
     ):
         generate(prompt="日本", **(arguments | {"model": model, "params": params}))
+
+
+def test_stop_strings(arguments):
+    """Wherever they lie, across blocks of tokens too: the text before the first; rows by row."""
+    arguments |= {"n_tokens_to_gen": 50, "temperature": 0}
+    prompts = ["def", "日本", "x = ("]
+    whole = generate(prompt=prompts, **arguments)
+    news = [text[len(p) :] for text, p in zip(whole, prompts, strict=True)]
+    for i, new in enumerate(news):
+        for start in (0, 3, len(new) // 2, len(new) - 2):
+            stop = [new[start : start + 2], "never there"]
+            cut = [p + n.split(stop[0])[0] for p, n in zip(prompts, news, strict=True)]
+            assert generate(prompt=prompts, stop=stop, **arguments) == cut
+            assert (
+                "".join(stream(prompt=prompts[i], stop=stop[0], **arguments))
+                == (cut[i][len(prompts[i]) :])
+            )
+
+
+def test_a_stop_string_spares_the_rest(arguments, monkeypatch):
+    steps = []
+    loop = compiled._loop
+
+    def spy(*args, **kwargs):
+        steps.append(args[5])
+        return loop(*args, **kwargs)
+
+    monkeypatch.setattr(compiled, "_loop", spy)
+    arguments |= {"n_tokens_to_gen": 500, "temperature": 0, "prompt": "def"}
+    new = generate(**arguments | {"n_tokens_to_gen": 20})[3:]
+    steps.clear()
+    generate(stop=new[12:14], **arguments)
+    assert sum(steps) <= 32
+
+
+def test_repetition_penalty(tokenizer, monkeypatch):
+    """Over prompt and generated tokens: equal logits, each token once, none of the prompt's."""
+    model, params = make_indifferent_model(tokenizer.get_vocab_size())
+    params["norm_f"]["scale"] = jnp.ones_like(params["norm_f"]["scale"])
+    params["embedding"]["embedding"] = jnp.ones_like(params["embedding"]["embedding"])
+    params["lm_head"]["kernel"] = jnp.ones_like(params["lm_head"]["kernel"])  # all logits 16
+    arguments = {"model": model, "params": params, "tokenizer": tokenizer, "key": KEY}
+    settings = {"prompt": ["q", "x!"], "n_tokens_to_gen": 100, "top_k": None}
+    rows = generated_ids(monkeypatch, arguments, repetition_penalty=1e6, **settings)
+    for row, prompt in zip(rows, settings["prompt"], strict=True):
+        assert len(set(row)) == 100 and not set(row) & set(tokenizer.encode(prompt).ids)
+    rows = generated_ids(monkeypatch, arguments, **settings)
+    assert len(set(rows[0])) < 100  # without it, some come twice
+    greedy = generated_ids(
+        monkeypatch, arguments, repetition_penalty=2.0, **settings | {"temperature": 0}
+    )
+    assert all(len(set(row)) == 100 for row in greedy)
+
+
+@pytest.mark.parametrize("stop", ["", ["a", ""], [3]])
+def test_bad_stop_strings(arguments, stop):
+    with pytest.raises(ValueError, match="stop must be a non-empty str or a list of such"):
+        generate(prompt="a", stop=stop, **arguments)
+
+
+def test_bfloat16_of_the_embedded_model():
+    from mamba import EMBEDDED
+
+    tokens = jnp.array([Tokenizer.from_file(str(EMBEDDED / "tokenizer.json")).encode(TEXT).ids])
+    logits = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        model, params = Mamba.from_pretrained(EMBEDDED, dtype=dtype)
+        logits[dtype], state = model.apply({"params": params}, tokens, model.initial_state(1))
+        assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype(jnp.float32)}
+    full, half = logits.values()
+    assert 1e-4 < jnp.abs(full - half).max() / jnp.abs(full).max() < 2e-2

@@ -115,6 +115,41 @@ def test_settings_arrive(run, captured):
     assert kernel.dtype == jnp.bfloat16
 
 
+def test_further_settings_arrive(run, captured):
+    run("a", *"--min-p 0.1 --repetition-penalty 1.2 --stop x --stop yy -n 3".split())
+    found = captured.settings
+    assert (found["min_p"], found["repetition_penalty"]) == (0.1, 1.2)
+    assert (found["stop"], found["n_tokens_to_gen"], found["state"]) == (["x", "yy"], 3, None)
+
+
+def test_a_stop_string_ends_the_text(run, folder):
+    whole = expected(folder, "def", 30)
+    stop = next(c for c in whole[5:-1] if c.isprintable() and c != "\ufffd")
+    code, out, _ = run("def", "--n-tokens", "30", "--stop", stop)
+    assert code == 0 and out == "def" + whole[3:].split(stop)[0] + "\n"
+
+
+def test_a_text_read_once(run, folder, tmp_path):
+    """Reading and continuing in two commands is doing it in one."""
+    file = str(tmp_path / "text.safetensors")
+    assert run("-n", "0", "--save-state", file, stdin="def main(\n") == (0, "", "")
+    whole = expected(folder, "def main(", 20)
+    assert run("--state", file, "--n-tokens", "20")[:2] == (0, whole[9:])
+    both = run("def main(", "--save-state", file, "--n-tokens", "20")
+    assert both[:2] == (0, whole)
+    code, out, _ = run("x", "--state", file, "--n-tokens", "20")
+    assert (code, out) == (0, expected(folder, "def main(x", 20)[9:])
+
+
+def test_a_state_file_that_is_none(run, tmp_path):
+    file = tmp_path / "text.safetensors"
+    code, out, err = run("a", "--state", str(file))
+    assert code == 1 and out == "" and "text.safetensors" in err
+    file.write_bytes(b"no")
+    code, out, err = run("a", "--state", str(file))
+    assert code == 1 and "not a complete safetensors file" in err and err.count("\n") == 1
+
+
 def test_prompt_from_standard_input(run, captured):
     for arguments in ([], ["-"]):
         code, out, _ = run(*arguments, stdin="def f(x):\n    y\n\n")
@@ -146,8 +181,12 @@ def test_help(run):
         (["a", "--temperature", "-1"], "temperature must be"),
         (["a", "--top-k", "-1"], "top_k must be"),
         (["a", "--top-p", "1.5"], "top_p must lie in"),
-        (["a", "--n-tokens", "0"], "--n-tokens must be at least 1, got 0"),
+        (["a", "--n-tokens", "0"], "--n-tokens must be at least 1 (or 0 with --save-state), got 0"),
         (["a", "--n-tokens", "x"], "invalid int"),
+        (["a", "--min-p", "2"], "min_p must lie in"),
+        (["a", "--repetition-penalty", "0"], "repetition_penalty must be"),
+        (["a", "--stop", ""], "--stop must not be empty"),
+        (["a", "--state", "x.bin"], "a state is kept in a file named *.safetensors, not x.bin"),
         (["a", "--dtype", "int8"], "invalid choice"),
         (["a", "b"], "unrecognized arguments: b"),
     ],

@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba.sampling import keep_top_k, keep_top_p, sample
+from mamba.sampling import keep_min_p, keep_top_k, keep_top_p, penalize, sample
 
 DRAWS = 20_000
 LOGITS = np.log(np.array([0.05, 0.4, 0.02, 0.2, 0.03, 0.3], np.float32))  # ranking 1 5 3 0 4 2
 
 
 @functools.partial(jax.jit, static_argnames=("n", "top_k", "top_p"))
-def draws(key, logits, n, temperature=1.0, top_k=None, top_p=None):
-    """One token id for each of n keys: (n,). The temperature is traced."""
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+def draws(key, logits, n, temperature=1.0, top_k=None, top_p=None, min_p=None):
+    """One token id for each of n keys: (n,). The temperature and min_p are traced."""
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     return jax.vmap(lambda key: sample(key, logits, **settings))(jax.random.split(key, n))
 
 
@@ -64,6 +64,47 @@ def test_filters_compose_in_order():
     assert_drawn_as(LOGITS, [0, 1, 0, 0, 0, 0], temperature=0.5, top_k=3, top_p=0.55)
 
 
+def test_min_p_keeps_what_is_likely_enough():
+    assert_drawn_as(LOGITS, [0, 0.4, 0, 0.2, 0, 0.3], min_p=0.45)  # at least 0.18
+    assert_drawn_as(LOGITS, [0, 0.4, 0, 0, 0, 0.3], min_p=0.55)  # at least 0.22
+    assert_drawn_as(LOGITS, np.exp(LOGITS), min_p=0.0)
+    assert_drawn_as(LOGITS, [0, 1, 0, 0, 0, 0], min_p=1.0)
+    assert_drawn_as(np.zeros(6, np.float32), [1] * 6, min_p=1.0)  # equals all stay
+
+
+def test_min_p_is_taken_of_what_the_other_filters_leave():
+    """Measured at the temperature; after top-k and top-p, whose likeliest is the same one."""
+    # At temperature 0.5 the odds are squared: 0.3 has (3/4)² = 0.56 of the likeliest, 0.2 has 0.25.
+    assert_drawn_as(LOGITS, [0, 0.16, 0, 0, 0, 0.09], temperature=0.5, min_p=0.3)
+    assert_drawn_as(LOGITS, [0, 0.16, 0, 0.04, 0, 0.09], temperature=0.5, min_p=0.2)
+    # Top-k and top-p before: alone, top-p 0.75 keeps three; of those, min-p keeps two.
+    assert_drawn_as(LOGITS, [0, 0.4, 0, 0, 0, 0.3], top_k=5, top_p=0.75, min_p=0.6)
+    # Were min-p first, 0.4 and 0.3 would remain, and top-p 0.55 of these would keep only 0.4.
+    assert_drawn_as(LOGITS, [0, 0.4, 0, 0, 0, 0.3], top_p=0.55, min_p=0.6)
+    assert_drawn_as(LOGITS, [0, 0.4, 0, 0.2, 0, 0.3], top_k=3, min_p=0.1)
+
+
+def test_keep_min_p():
+    logits = jnp.array([[0.0, 3.0, 1.0, -jnp.inf], [5.0, 5.0, 4.0, 4.9]])
+    kept = np.isfinite(np.asarray(keep_min_p(logits, 0.9)))
+    assert kept.tolist() == [[False, True, False, False], [True, True, False, True]]
+    np.testing.assert_array_equal(keep_min_p(logits, 0), logits)  # not even −inf changes
+
+
+def test_penalize():
+    """Divided if positive, multiplied if not: less likely either way, and only what was seen."""
+    logits = jnp.array([2.0, -2.0, 2.0, -2.0, 0.0, -jnp.inf])
+    seen = jnp.array([True, True, False, False, True, True])
+    found = penalize(logits, seen, 4.0)
+    np.testing.assert_array_equal(found, [0.5, -8.0, 2.0, -2.0, 0.0, -np.inf])
+    np.testing.assert_array_equal(penalize(logits, seen, 1.0), logits)
+    assert (penalize(logits, seen, 0.5)[:2] > logits[:2]).all()  # below 1 invites
+    assert_drawn_as(  # p ∝ exp of the penalized logits
+        np.asarray(penalize(jnp.array([1.0, -0.5, 0.3]), jnp.array([True, True, False]), 2.0)),
+        np.exp([0.5, -1.0, 0.3]),
+    )
+
+
 def test_top_p_matches_a_plain_loop():
     rng = np.random.default_rng(0)
     for p in (0.1, 0.5, 0.9, 0.99):
@@ -103,7 +144,13 @@ def test_a_single_survivor_is_the_greedy_choice():
     logits = jax.random.normal(jax.random.key(1), (8, 300))
     best = np.argmax(np.asarray(logits), axis=-1)
     key = jax.random.key(2)
-    for settings in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 0}, {"temperature": 1e-30}):
+    for settings in (
+        {"top_k": 1},
+        {"top_p": 1e-6},
+        {"min_p": 1.0},
+        {"temperature": 0},
+        {"temperature": 1e-30},
+    ):
         ids = sample(key, logits, **settings)
         assert ids.dtype == jnp.int32 and ids.shape == (8,)
         np.testing.assert_array_equal(ids, best)
@@ -114,6 +161,8 @@ def test_forbidden_tokens_are_never_drawn():
     expected = [0.05, 0.4, 0, 0, 0, 0]
     assert_drawn_as(logits, expected, top_k=5)
     assert_drawn_as(logits, expected, top_p=0.999999)
+    assert_drawn_as(logits, expected, min_p=0.0)
+    assert_drawn_as(logits, expected, min_p=1e-30)
 
 
 def test_rows_and_dtypes():
@@ -144,9 +193,18 @@ def test_a_traced_temperature_gives_the_same_tokens():
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], or be None for no limit, got 0.0"),
         ({"top_p": 1.1}, "top_p .* got 1.1"),
         ({"top_p": float("nan")}, "top_p .* got nan"),
+        ({"min_p": -0.1}, r"min_p must lie in \[0, 1\], or be None for no limit, got -0.1"),
+        ({"min_p": 1.1}, "min_p .* got 1.1"),
+        ({"min_p": float("nan")}, "min_p .* got nan"),
         ({"temperature": 0, "top_k": -1}, "top_k .* got -1"),  # greedy does not hide a mistake
     ],
 )
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
         sample(jax.random.key(0), jnp.zeros(4), **settings)
+
+
+@pytest.mark.parametrize("penalty", [0, -1.0, float("nan"), float("inf")])
+def test_a_penalty_out_of_range(penalty):
+    with pytest.raises(ValueError, match="repetition_penalty must be a number above 0"):
+        penalize(jnp.zeros(3), jnp.ones(3, bool), penalty)
