@@ -34,54 +34,55 @@ def selective_scan(
       The state, h0 too, is discarded before that token, so that several sequences packed into one
       row give what each gives alone.
       return_state: also return the state after the last token.
-      method, where T is the length of a chunk and only the first two have a backward pass of
-      their own, which keeps one state per chunk and recomputes the others:
-        "sequential"   steps through time. T = 16; O(b·l·d + (l/T)·b·d·n) memory.
-        "chunked"      a tree inside a chunk, one chunk after the other. T = 64; memory as above.
+      method:
+        "sequential"   one step after the other, in chunks of T = 16 for the backward pass below.
+        "chunked"      a tree inside a chunk, chunk after chunk; T = 64. Not fast on a CPU.
         "associative"  the textbook's tree over the whole sequence, O(log l) deep. It holds
                        (b, l, d, n) several times over, and JAX differentiates it.
-        "auto"         "sequential" on a CPU, where it was measured to be the fastest at every
-                       length and width (benchmarks/scan.py); elsewhere "chunked", which was not
-                       measured there, or "sequential" up to 8 tokens.
+        "pallas"       one kernel for a GPU or a TPU (mamba.kernel), never run on either so far.
+        "auto"         on a CPU "sequential", the fastest there at every length and width that
+                       benchmarks/scan.py measured; elsewhere "chunked": not measured there.
+      return_state: also return the state after the last token.
+
+    All but "associative" have a backward pass of their own that keeps one state per chunk and
+    recomputes the others: O(b·l·d + (l/T)·b·d·n) memory. A single token takes none of them.
 
     Returns y: (b, l, d) in x's dtype; with return_state, (y, h) with h: (b, d, n) in float32.
-    Differentiable in reverse mode, repeatedly too, in every floating-point argument and through
-    the returned state. Forward mode (jvp, jacfwd, hessian) works with "associative" alone: JAX
-    refuses it for a function with a backward pass of its own. For a Hessian, jacrev(jacrev(f)).
+    Differentiable in reverse mode in every floating-point argument and through both results; twice
+    too, but for "pallas". Forward mode (jvp, jacfwd, hessian) works with "associative" alone: JAX
+    refuses it where a backward pass is given by hand. For a Hessian, jacrev(jacrev(f)).
     Raises ValueError for shapes that do not fit, resets that are not bool, an empty sequence or an
     unknown method.
     """
     _check_shapes(x, delta, A, B, C, D, z, h0, resets)
     if method == "auto":
-        method = _choose(x.shape[1])
-    if method not in _METHODS:
-        raise ValueError(f"unknown method {method!r}: expected 'auto' or one of {sorted(_METHODS)}")
+        method = "sequential" if jax.default_backend() == "cpu" else "chunked"
+    if method not in (known := [*_METHODS, "pallas"]):
+        raise ValueError(f"unknown method {method!r}: expected 'auto' or one of {sorted(known)}")
 
     dtype = x.dtype
     x, delta, A, B, C, D = (jnp.asarray(v, jnp.float32) for v in (x, delta, A, B, C, D))
-    b, _, d = x.shape
+    z = None if z is None else jnp.asarray(z, jnp.float32)
+    b, l, d = x.shape
     A = A.T  # (n, d)
     if h0 is None:
         h0 = jnp.zeros((b, *A.shape), jnp.float32)  # (b, n, d)
     else:
         h0 = jnp.asarray(h0, jnp.float32).transpose(0, 2, 1)  # (b, n, d)
-    if resets is not None:
-        resets = jnp.asarray(resets, jnp.float32)  # (b, l), 1 where a new piece starts
 
-    if x.shape[1] == 1:  # one token while generating: a loop of one step is only overhead
-        y, h = _one_step(x, delta, A, B, C, h0, resets)
+    if method == "pallas" and l > 1:
+        from mamba.kernel import pallas_scan  # imports Pallas, which only this method needs
+
+        y, h = pallas_scan(x, delta, A, B, C, D, z, h0, resets)
     else:
-        y, h = _METHODS[method](x, delta, A, B, C, h0, resets)  # (b, l, d), (b, n, d)
-    y = y + D * x
-    if z is not None:
-        y = y * jax.nn.silu(jnp.asarray(z, jnp.float32))
+        # One token, while generating: a loop of one step is only overhead.
+        run = _one_step if l == 1 else _METHODS[method]
+        y, h = run(x, delta, A, B, C, h0, resets)  # (b, l, d), (b, n, d)
+        y = y + D * x
+        if z is not None:
+            y = y * jax.nn.silu(z)
     y = y.astype(dtype)
     return (y, h.transpose(0, 2, 1)) if return_state else y
-
-
-def _choose(l):
-    """The method that "auto" stands for."""
-    return "sequential" if jax.default_backend() == "cpu" or l <= 8 else "chunked"
 
 
 def combine(left, right):
@@ -101,10 +102,10 @@ def combine(left, right):
 def _decay(delta, A, resets):
     """exp(Δ A), or 0 where the state starts anew: how much of the last state a step takes over.
 
-    delta: (..., d), A: (n, d), resets: (...), 1 at a reset and 0 elsewhere, or None -> (..., n, d)
+    delta: (..., d), A: (n, d), resets: (...) bool, or None -> (..., n, d)
     """
     decay = jnp.exp(delta[..., None, :] * A)
-    return decay if resets is None else decay * (1 - resets)[..., None, None]
+    return decay if resets is None else jnp.where(resets[..., None, None], 0.0, decay)
 
 
 def _outer(B, u):
@@ -245,7 +246,7 @@ def _in_chunks(method, x, delta, A, B, C, h0, resets):
 
 def _in_chunks_forward(method, x, delta, A, B, C, h0, resets):
     T, forward, *_ = _CHUNKED[method]
-    y, h, starts = forward(T, x, delta, A, B, C, h0, resets)
+    y, h, starts = forward(min(T, x.shape[1]), x, delta, A, B, C, h0, resets)
     return (y, h), (x, delta, A, B, C, resets, starts)
 
 
@@ -259,6 +260,7 @@ def _in_chunks_backward(method, saved, cotangents):
     """
     T, _, states, gradients, over_rows = _CHUNKED[method]
     x, delta, A, B, C, resets, starts = saved
+    T = min(T, x.shape[1])
     dy, g_last = cotangents  # (b, l, d), (b, n, d)
 
     def chunk(carry, inputs):
