@@ -284,7 +284,7 @@ def _in_chunks_backward(method, saved, cotangents):
 
     def row(inputs):
         chunks, starts, g = inputs
-        empty = jnp.zeros((T, *A.shape))
+        empty = jnp.zeros((T, *A.shape), A.dtype)
         carry = (g, jnp.zeros_like(A), empty, empty)
         (g, dA, _, _), grads = jax.lax.scan(chunk, carry, (chunks, starts), reverse=True)
         return g, dA, grads
