@@ -138,17 +138,23 @@ class _CausalConv(nn.Module):
     """Depthwise causal convolution as PyTorch means it: out_t = bias + Σ_k kernel_k ⊙ window_{t+k}.
 
     window: (b, d_conv − 1 + l, d_inner), the past first -> (b, l, d_inner). A cross-correlation:
-    the last tap meets the current token. A few taps are a sum of as many shifted copies.
+    the last tap meets the current token. A few taps are a sum of as many shifted copies. ``piece``,
+    (b, d_conv − 1 + l) integers or None, numbers the pieces packed into a row: a tap that would
+    reach into another piece than its token's reads 0 there, as at the start of a sequence.
     """
 
     config: MambaConfig
 
     @nn.compact
-    def __call__(self, window):
+    def __call__(self, window, piece=None):
         c = self.config
         kernel = self.param("kernel", _uniform_fan_in, (c.d_conv, c.d_inner)).astype(c.dtype)
         l = window.shape[1] - (c.d_conv - 1)
-        out = sum(kernel[k] * window[:, k : k + l] for k in range(c.d_conv))  # (b, l, d_inner)
+        taps = [window[:, k : k + l] for k in range(c.d_conv)]  # (b, l, d_inner) each
+        if piece is not None:
+            same = [piece[:, k : k + l] == piece[:, c.d_conv - 1 :] for k in range(c.d_conv)]
+            taps = [jnp.where(s[..., None], tap, 0) for s, tap in zip(same, taps, strict=True)]
+        out = sum(kernel[k] * taps[k] for k in range(c.d_conv))  # (b, l, d_inner)
         if c.conv_bias:
             bias = self.param("bias", _uniform(c.d_conv**-0.5), (c.d_inner,))
             out = out + bias.astype(c.dtype)
@@ -166,13 +172,16 @@ class MambaBlock(nn.Module):
     and returns (out, next LayerState). ``lengths`` (b,) says where right-padded rows really end: a
     padded position gets Δ = 0, which leaves h as it is, and the conv keeps the window that ends at
     the last real token. So the state is that of the row alone (outputs at pads mean nothing).
+    ``resets`` (b, l) bool: True where a new piece starts. There the state and the conv's window
+    begin anew, as if each piece had a row of its own. Raises ValueError for other resets.
     """
 
     config: MambaConfig
 
     @nn.compact
-    def __call__(self, u, state=None, lengths=None):
+    def __call__(self, u, state=None, lengths=None, resets=None):
         c, l = self.config, u.shape[1]
+        _check_resets(resets, u.shape[:2])
 
         def linear(name, features, **kwargs):
             kwargs = {"use_bias": c.bias, "kernel_init": _uniform_fan_in, "dtype": c.dtype} | kwargs
@@ -187,7 +196,12 @@ class MambaBlock(nn.Module):
         past = LayerState.zeros(c, u.shape[0]) if state is None else state
         past_x = past.conv.astype(x.dtype)  # (b, d_conv - 1, d_inner)
         window = jnp.concatenate([past_x, x], axis=1)  # (b, d_conv - 1 + l, d_inner)
-        x = jax.nn.silu(_CausalConv(c, name="conv1d")(window))  # (b, l, d_inner)
+        real = None if lengths is None else jnp.arange(l) < lengths[:, None]  # (b, l)
+        piece = None
+        if resets is not None:
+            resets = resets if real is None else resets & real  # at a pad nothing starts
+            piece = jnp.pad(jnp.cumsum(resets, axis=1), ((0, 0), (c.d_conv - 1, 0)))  # as window
+        x = jax.nn.silu(_CausalConv(c, name="conv1d")(window, piece))  # (b, l, d_inner)
 
         R, n = c.rank, c.d_state
         dt_B_C = linear("x_proj", R + 2 * n, use_bias=False)(x)  # (b, l, R + 2n)
@@ -196,19 +210,23 @@ class MambaBlock(nn.Module):
             "dt_proj", c.d_inner, use_bias=True, bias_init=_dt_bias_init(c), dtype=jnp.float32
         )
         delta = jax.nn.softplus(dt_proj(dt))  # (b, l, d_inner)
-        if lengths is not None:
-            real = jnp.arange(l) < lengths[:, None]  # (b, l)
+        if real is not None:
             delta = jnp.where(real[..., None], delta, 0.0)
 
         A = -jnp.exp(self.param("A_log", _A_log_init, (c.d_inner, n)))  # (d_inner, n)
         D = self.param("D", nn.initializers.ones, (c.d_inner,))
-        y, h = selective_scan(x, delta, A, B, C, D, z=z, h0=past.ssm, return_state=True)
+        y, h = selective_scan(
+            x, delta, A, B, C, D, z=z, h0=past.ssm, resets=resets, return_state=True
+        )
         out = linear("out_proj", c.d_model, kernel_init=out_init)(y)  # (b, l, d_model)
         if state is None:
             return out
         ends = jnp.full(u.shape[0], l) if lengths is None else lengths
         last = ends[:, None] + jnp.arange(c.d_conv - 1)  # (b, d_conv - 1), places in the window
         conv = jnp.take_along_axis(window, last[..., None], axis=1)  # (b, d_conv - 1, d_inner)
+        if piece is not None:  # what comes next belongs to the last piece and sees no other
+            of_last = jnp.take_along_axis(piece, last, axis=1) == piece[:, -1:]  # (b, d_conv - 1)
+            conv = jnp.where(of_last[..., None], conv, 0)
         return out, LayerState(conv.astype(jnp.float32), h)
 
 
@@ -218,9 +236,9 @@ class ResidualBlock(nn.Module):
     config: MambaConfig
 
     @nn.compact
-    def __call__(self, x, state=None, lengths=None):
+    def __call__(self, x, state=None, lengths=None, resets=None):
         out = MambaBlock(self.config, name="mixer")(
-            RMSNorm(self.config.norm_eps, name="norm")(x), state, lengths
+            RMSNorm(self.config.norm_eps, name="norm")(x), state, lengths, resets
         )
         if state is None:
             return x + out  # (b, l, d_model)
@@ -234,9 +252,12 @@ class Mamba(nn.Module):
     (b, l, padded_vocab_size) float32. With a decoding state (``model.initial_state(b)`` to begin),
     ``model.apply({"params": params}, tokens, state)`` -> (logits, next state), and any split of a
     sequence into calls gives the same logits. ``lengths`` (b,): true lengths of right-padded rows.
+    ``resets`` (b, l) bool: True at the first token of every piece packed into a row; each piece
+    then gets the logits that it gets alone.
 
     Raises ValueError for tokens that are not (b, l) integers with l ≥ 1 or lie outside the
-    vocabulary. (Under ``jit`` the values are not known in time: an id that is too large gives NaN.)
+    vocabulary, and for resets that do not fit them. (Under ``jit`` the values are not known in
+    time: an id that is too large gives NaN.)
     """
 
     config: MambaConfig
@@ -251,12 +272,12 @@ class Mamba(nn.Module):
         if not c.tie_embeddings:
             self.lm_head = _Head(c)
 
-    def __call__(self, tokens, state=None, lengths=None):
-        x, new_state = self._features(tokens, state, lengths)
+    def __call__(self, tokens, state=None, lengths=None, resets=None):
+        x, new_state = self._features(tokens, state, lengths, resets)
         logits = self._logits(x)  # (b, l, padded_vocab)
         return logits if state is None else (logits, new_state)
 
-    def last_logits(self, tokens, state, lengths=None):
+    def last_logits(self, tokens, state, lengths=None, resets=None):
         """As a call with a state, but with logits for each row's last real token only.
 
         -> (logits (b, padded_vocab_size), next state)
@@ -264,7 +285,7 @@ class Mamba(nn.Module):
         To read a prompt: the head is the largest matrix product of a small model, and of all its
         rows only the last one says what comes next.
         """
-        x, state = self._features(tokens, state, lengths)  # (b, l, d_model)
+        x, state = self._features(tokens, state, lengths, resets)  # (b, l, d_model)
         last = -1 if lengths is None else lengths - 1
         return self._logits(x[jnp.arange(x.shape[0]), last]), state
 
@@ -272,16 +293,16 @@ class Mamba(nn.Module):
         """The state before the first token: a tuple of n_layer LayerStates of zeros."""
         return tuple(LayerState.zeros(self.config, batch) for _ in range(self.config.n_layer))
 
-    def _features(self, tokens, state, lengths):
+    def _features(self, tokens, state, lengths, resets):
         _check_tokens(tokens, self.config)
         x = self.embedding(tokens).astype(jnp.float32)  # (b, l, d_model)
         if state is None:
             for layer in self.layers:
-                x = layer(x)
+                x = layer(x, resets=resets)
             return self.norm_f(x), None
         new_state = []
         for layer, layer_state in zip(self.layers, state, strict=True):
-            x, layer_state = layer(x, layer_state, lengths)
+            x, layer_state = layer(x, layer_state, lengths, resets)
             new_state.append(layer_state)
         return self.norm_f(x), tuple(new_state)
 
@@ -322,3 +343,11 @@ def _check_tokens(tokens, config):
                 f"token ids run from {low} to {high}, but this model's vocabulary is "
                 f"0 … {config.padded_vocab_size - 1}: was it another model's tokenizer?"
             )
+
+
+def _check_resets(resets, shape):
+    if resets is not None and (resets.shape != shape or resets.dtype != bool):
+        raise ValueError(
+            f"resets must be bool of shape (b, l) = {shape}, True where a new piece starts, "
+            f"got {resets.dtype} of shape {resets.shape}"
+        )

@@ -10,15 +10,17 @@ vector instruction serves many of them and the sum over n is a contraction. The 
 field's, (b, d, n).
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 __all__ = ["combine", "selective_scan"]
 
-CHUNK = 16  # steps between two states that `_sequential` keeps for its backward pass
 
-
-def selective_scan(x, delta, A, B, C, D, *, z=None, h0=None, method="auto", return_state=False):
+def selective_scan(
+    x, delta, A, B, C, D, *, z=None, h0=None, resets=None, method="auto", return_state=False
+):
     """Run the selective state space model over a sequence.
 
         h_t = exp(Δ_t A) ⊙ h_{t−1} + (Δ_t x_t) ⊗ B_t
@@ -28,40 +30,57 @@ def selective_scan(x, delta, A, B, C, D, *, z=None, h0=None, method="auto", retu
       x: (b, l, d) input, l ≥ 1.   delta: (b, l, d) time steps Δ > 0, softplus and bias already
       applied (0 passes the state through unchanged).   A: (d, n), real and negative, rates in 1/Δ.
       B, C: (b, l, n).   D: (d,).   z: (b, l, d) gate, or None.   h0: (b, d, n) state before the
-      first token, zeros if None.
-      method: "sequential" steps through time, keeping a state every 16 steps for its own backward
-      pass and recomputing the others: O(b·l·d + b·l·d·n/16) memory. "associative" composes
-      all steps in a tree of depth O(log l) and holds (b, l, d, n) in memory. "auto" takes
-      "sequential" on a CPU and "associative" on accelerators (where neither was measured).
+      first token, zeros if None.   resets: (b, l) bool, or None: True where a new piece starts.
+      The state, h0 too, is discarded before that token, so that several sequences packed into one
+      row give what each gives alone.
+      return_state: also return the state after the last token.
+      method:
+        "sequential"   one step after the other, in chunks of T = 16 for the backward pass below.
+        "chunked"      a tree inside a chunk, chunk after chunk; T = 64. Not fast on a CPU.
+        "associative"  the textbook's tree over the whole sequence, O(log l) deep. It holds
+                       (b, l, d, n) several times over, and JAX differentiates it.
+        "pallas"       one kernel for a GPU or a TPU (mamba.kernel), never run on either so far.
+        "auto"         on a CPU "sequential", the fastest there at every length and width that
+                       benchmarks/scan.py measured; elsewhere "chunked": not measured there.
       return_state: also return the state after the last token.
 
+    All but "associative" have a backward pass of their own that keeps one state per chunk and
+    recomputes the others: O(b·l·d + (l/T)·b·d·n) memory. A single token takes none of them.
+
     Returns y: (b, l, d) in x's dtype; with return_state, (y, h) with h: (b, d, n) in float32.
-    Differentiable (reverse mode) in every array argument, h0 and the returned state included.
-    Raises ValueError for shapes that do not fit, an empty sequence or an unknown method.
+    Differentiable in reverse mode in every floating-point argument and through both results; twice
+    too, but for "pallas". Forward mode (jvp, jacfwd, hessian) works with "associative" alone: JAX
+    refuses it where a backward pass is given by hand. For a Hessian, jacrev(jacrev(f)).
+    Raises ValueError for shapes that do not fit, resets that are not bool, an empty sequence or an
+    unknown method.
     """
-    _check_shapes(x, delta, A, B, C, D, z, h0)
+    _check_shapes(x, delta, A, B, C, D, z, h0, resets)
     if method == "auto":
-        method = "sequential" if jax.default_backend() == "cpu" else "associative"
-    if method not in _METHODS:
-        raise ValueError(f"unknown method {method!r}: expected 'auto' or one of {sorted(_METHODS)}")
+        method = "sequential" if jax.default_backend() == "cpu" else "chunked"
+    if method not in (known := [*_METHODS, "pallas"]):
+        raise ValueError(f"unknown method {method!r}: expected 'auto' or one of {sorted(known)}")
 
     dtype = x.dtype
     x, delta, A, B, C, D = (jnp.asarray(v, jnp.float32) for v in (x, delta, A, B, C, D))
-    b, _, d = x.shape
+    z = None if z is None else jnp.asarray(z, jnp.float32)
+    b, l, d = x.shape
     A = A.T  # (n, d)
     if h0 is None:
         h0 = jnp.zeros((b, *A.shape), jnp.float32)  # (b, n, d)
     else:
         h0 = jnp.asarray(h0, jnp.float32).transpose(0, 2, 1)  # (b, n, d)
 
-    if x.shape[1] == 1:  # one token while generating: a loop of one step is only overhead
-        h = _step(h0, x[:, 0], delta[:, 0], A, B[:, 0])  # (b, n, d)
-        y = jnp.einsum("bnd,bn->bd", h, C[:, 0])[:, None]  # (b, 1, d)
+    if method == "pallas" and l > 1:
+        from mamba.kernel import pallas_scan  # imports Pallas, which only this method needs
+
+        y, h = pallas_scan(x, delta, A, B, C, D, z, h0, resets)
     else:
-        y, h = _METHODS[method](x, delta, A, B, C, h0)  # (b, l, d), (b, n, d)
-    y = y + D * x
-    if z is not None:
-        y = y * jax.nn.silu(jnp.asarray(z, jnp.float32))
+        # One token, while generating: a loop of one step is only overhead.
+        run = _one_step if l == 1 else _METHODS[method]
+        y, h = run(x, delta, A, B, C, h0, resets)  # (b, l, d), (b, n, d)
+        y = y + D * x
+        if z is not None:
+            y = y * jax.nn.silu(z)
     y = y.astype(dtype)
     return (y, h.transpose(0, 2, 1)) if return_state else y
 
@@ -80,69 +99,158 @@ def combine(left, right):
     return a * a_next, a_next * b + b_next
 
 
-# --- parallel over time -------------------------------------------------------------------------
+def _decay(delta, A, resets):
+    """exp(Δ A), or 0 where the state starts anew: how much of the last state a step takes over.
+
+    delta: (..., d), A: (n, d), resets: (...) bool, or None -> (..., n, d)
+    """
+    decay = jnp.exp(delta[..., None, :] * A)
+    return decay if resets is None else jnp.where(resets[..., None, None], 0.0, decay)
 
 
-def _associative(x, delta, A, B, C, h0):
+def _outer(B, u):
+    """(..., n), (..., d) -> (..., n, d)"""
+    return B[..., None] * u[..., None, :]
+
+
+# --- the whole sequence as one tree -------------------------------------------------------------
+
+
+def _one_step(x, delta, A, B, C, h0, resets):
+    """A sequence of one token, without a loop."""
+    h = (_decay(delta, A, resets) * h0[:, None] + _outer(B, delta * x))[:, 0]  # (b, n, d)
+    return jnp.einsum("bnd,bln->bld", h, C), h  # (b, 1, d), (b, n, d)
+
+
+def _associative(x, delta, A, B, C, h0, resets):
     """All prefixes at once, in O(log l) levels; holds (b, l, n, d) numbers several times over."""
-    a = jnp.exp(delta[:, :, None] * A)  # (b, l, n, d)
-    b = B[..., None] * (delta * x)[:, :, None]  # (b, l, n, d)
+    a = _decay(delta, A, resets)  # (b, l, n, d)
+    b = _outer(B, delta * x)  # (b, l, n, d)
     b = b.at[:, 0].add(a[:, 0] * h0)  # the first step also carries the initial state
     _, h = jax.lax.associative_scan(combine, (a, b), axis=1)  # (b, l, n, d)
     return jnp.einsum("blnd,bln->bld", h, C), h[:, -1]  # (b, l, d), (b, n, d)
 
 
-# --- one step after the other, with its own backward pass ---------------------------------------
+# --- the states inside one chunk ----------------------------------------------------------------
+#
+# Both recurrences below have one form, an outer product added to what is left of the last one:
+#
+#     states      h_t = a_t h_{t−1} + B_t ⊗ u_t        forwards in time, u_t = Δ_t x_t
+#     gradients   g_t = a_{t+1} g_{t+1} + C_t ⊗ ∂y_t   backwards, g_t = ∂loss/∂h_t
+#
+# One row of the batch, T steps: a: (T, n, d), B and C: (T, n), u and ∂y: (T, d). h: (n, d) is the
+# state before the chunk, g: (n, d) the gradient that comes from after it, a_{t+1} included. `out`
+# is an array to overwrite: clearing a new one for every chunk would cost as much as the loop.
 
 
-def _step(h, x_t, delta_t, A, B_t):
-    """h_t = exp(Δ_t A) ⊙ h_{t−1} + B_t ⊗ (Δ_t x_t).
+def _states_loop(a, B, u, h, out):
+    """-> all T states, one after the other: (T, n, d)."""
 
-    h: (b, n, d), x_t, delta_t: (b, d), A: (n, d), B_t: (b, n) -> (b, n, d)
-    """
-    return jnp.exp(delta_t[:, None] * A) * h + B_t[..., None] * (delta_t * x_t)[:, None]
+    def step(t, carry):
+        h, out = carry
+        h = a[t] * h + _outer(B[t], u[t])  # (n, d)
+        return h, out.at[t].set(h)
+
+    return jax.lax.fori_loop(0, len(a), step, (h, out))[1]
 
 
-def _to_chunks(v):
-    """(b, l, k) -> (b, l / CHUNK, CHUNK, k), padded with zeros: Δ = 0 changes no state."""
-    b, l, k = v.shape
-    return jnp.pad(v, ((0, 0), (0, -l % CHUNK), (0, 0))).reshape(b, -1, CHUNK, k)
+def _gradients_loop(a, C, dy, g, out):
+    """-> all T gradients (T, n, d), and what goes on to the chunk before (n, d)."""
+
+    def step(i, carry):
+        t = len(a) - 1 - i
+        g, out = carry
+        g = g + _outer(C[t], dy[t])  # (n, d)
+        return g * a[t], out.at[t].set(g)
+
+    g, out = jax.lax.fori_loop(0, len(a), step, (g, out))
+    return out, g
+
+
+def _states_tree(a, B, u, h, out):
+    """As `_states_loop`, all steps at once."""
+    b = _outer(B, u).at[0].add(a[0] * h)  # (T, n, d)
+    return jax.lax.associative_scan(combine, (a, b))[1]
+
+
+def _gradients_tree(a, C, dy, g, out):
+    """As `_gradients_loop`, all steps at once: the same tree, read from the end."""
+    a_next = jnp.concatenate([a[1:], jnp.ones_like(a[:1])])  # (T, n, d); g has its a already
+    b = _outer(C, dy).at[-1].add(g)  # (T, n, d)
+    gs = jax.lax.associative_scan(combine, (a_next, b), reverse=True)[1]
+    return gs, gs[0] * a[0]
+
+
+# --- chunk after chunk, with a backward pass of its own -----------------------------------------
+
+
+def _to_chunks(v, T):
+    """(b, l, ...) -> (b, l / T, T, ...), padded with zeros: Δ = 0 changes no state."""
+    b, l, *k = v.shape
+    return jnp.pad(v, ((0, 0), (0, -l % T), *((0, 0) for _ in k))).reshape(b, -1, T, *k)
 
 
 def _from_chunks(v, l):
-    """(b, l / CHUNK, CHUNK, k) -> (b, l, k), the inverse of `_to_chunks`."""
+    """(b, l / T, T, k) -> (b, l, k), the inverse of `_to_chunks`."""
     return v.reshape(v.shape[0], -1, v.shape[3])[:, :l]
 
 
-def _forward(x, delta, A, B, C, h0):
+def _forward_loop(T, x, delta, A, B, C, h0, resets):
+    """-> y: (b, l, d), the last state: (b, n, d), and every chunk's first: (b, l / T, n, d).
+
+    Step by step for all rows at once: no state is written down but those.
+    """
+
     def step(h, inputs):
-        x_t, delta_t, B_t, C_t = inputs
-        h = _step(h, x_t, delta_t, A, B_t)  # (b, n, d)
+        x_t, delta_t, B_t, C_t, resets_t = inputs
+        h = _decay(delta_t, A, resets_t) * h + _outer(B_t, delta_t * x_t)  # (b, n, d)
         return h, jnp.einsum("bnd,bn->bd", h, C_t)
 
     def chunk(h, inputs):
         h_next, y = jax.lax.scan(step, h, inputs)
         return h_next, (y, h)
 
-    chunks = tuple(_to_chunks(v).transpose(1, 2, 0, 3) for v in (x, delta, B, C))
+    chunks = jax.tree.map(
+        lambda v: jnp.moveaxis(_to_chunks(v, T), 0, 2), (x, delta, B, C, resets)
+    )  # (l / T, T, b, ...)
     h, (y, starts) = jax.lax.scan(chunk, h0, chunks)
-    y = _from_chunks(y.transpose(2, 0, 1, 3), x.shape[1])  # (b, l, d)
-    return y, h, starts.swapaxes(0, 1)  # (b, l, d), (b, n, d), (b, l / CHUNK, n, d)
+    return _from_chunks(jnp.moveaxis(y, 2, 0), x.shape[1]), h, starts.swapaxes(0, 1)
 
 
-@jax.custom_vjp
-def _sequential(x, delta, A, B, C, h0):
-    """The recurrence as it is written. The backward pass below keeps one state per chunk only."""
-    y, h, _ = _forward(x, delta, A, B, C, h0)
-    return y, h
+def _forward_tree(T, x, delta, A, B, C, h0, resets):
+    """As `_forward_loop`, a chunk at a time."""
+
+    def chunk(h, inputs):
+        x_c, delta_c, B_c, C_c, resets_c = inputs
+        hs = _states_tree(_decay(delta_c, A, resets_c), B_c, delta_c * x_c, h, None)  # (T, n, d)
+        return hs[-1], (jnp.einsum("tnd,tn->td", hs, C_c), h)
+
+    chunks = jax.tree.map(lambda v: _to_chunks(v, T), (x, delta, B, C, resets))
+    h, (y, starts) = jax.vmap(partial(jax.lax.scan, chunk))(h0, chunks)
+    return _from_chunks(y, x.shape[1]), h, starts
 
 
-def _sequential_forward(x, delta, A, B, C, h0):
-    y, h, starts = _forward(x, delta, A, B, C, h0)
-    return (y, h), (x, delta, A, B, C, starts)
+# Length of a chunk; forward pass; states and gradients in the backward pass; and how that takes the
+# rows of the batch: one after the other, so that a chunk stays in a CPU's cache, or all at once.
+_CHUNKED = {
+    "sequential": (16, _forward_loop, _states_loop, _gradients_loop, jax.lax.map),
+    "chunked": (64, _forward_tree, _states_tree, _gradients_tree, lambda f, v: jax.vmap(f)(v)),
+}
 
 
-def _sequential_backward(saved, cotangents):
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_chunks(method, x, delta, A, B, C, h0, resets):
+    """The recurrence, keeping nothing for the backward pass but one state per chunk."""
+    return _in_chunks_forward(method, x, delta, A, B, C, h0, resets)[0]
+
+
+def _in_chunks_forward(method, x, delta, A, B, C, h0, resets):
+    T, forward, *_ = _CHUNKED[method]
+    y, h, starts = forward(min(T, x.shape[1]), x, delta, A, B, C, h0, resets)
+    return (y, h), (x, delta, A, B, C, resets, starts)
+
+
+def _in_chunks_backward(method, saved, cotangents):
     """The adjoint recurrence runs backwards in time: with g_t = ∂loss/∂h_t,
 
         g_t = C_t ⊗ ∂y_t + exp(Δ_{t+1} A) ⊙ g_{t+1}
@@ -150,50 +258,49 @@ def _sequential_backward(saved, cotangents):
     and every gradient is a contraction of g_t with what the step used. Chunk by chunk from the end:
     the states inside the chunk are recomputed from its first, then g passes through it in reverse.
     """
-    x, delta, A, B, C, starts = saved
+    T, _, states, gradients, over_rows = _CHUNKED[method]
+    x, delta, A, B, C, resets, starts = saved
+    T = min(T, x.shape[1])
     dy, g_last = cotangents  # (b, l, d), (b, n, d)
 
-    def recompute(h, inputs):
-        x_t, delta_t, B_t = inputs
-        return jnp.exp(delta_t * A) * h + B_t[:, None] * (
-            delta_t * x_t
-        ), h  # the state before the step
-
-    def step(carry, inputs):
-        g, dA = carry  # g: gradient of the state after this step, without this step's own output
-        x_t, delta_t, B_t, C_t, dy_t, h_before = inputs
-        decay = jnp.exp(delta_t * A)  # (n, d)
-        u = delta_t * x_t  # (d,)
-        h = decay * h_before + B_t[:, None] * u  # (n, d)
-        g = g + C_t[:, None] * dy_t  # (n, d)
-        dC, dB = jnp.einsum("nd,d->n", h, dy_t), jnp.einsum("nd,d->n", g, u)  # (n,)
-        du = jnp.einsum("nd,n->d", g, B_t)  # (d,)
-        g_before = g * decay  # (n, d)
-        dexponent = g_before * h_before  # (n, d): gradient of Δ_t A
-        ddelta = jnp.einsum("nd,nd->d", dexponent, A) + du * x_t  # (d,)
-        return (g_before, dA + dexponent * delta_t), (du * delta_t, ddelta, dB, dC)
-
     def chunk(carry, inputs):
-        x_c, delta_c, B_c, C_c, dy_c, start = inputs
-        _, before = jax.lax.scan(recompute, start, (x_c, delta_c, B_c))  # (CHUNK, n, d)
-        return jax.lax.scan(step, carry, (x_c, delta_c, B_c, C_c, dy_c, before), reverse=True)
+        g, dA, h, gs = carry
+        (x_c, delta_c, B_c, C_c, dy_c, resets_c), start = inputs
+        u = delta_c * x_c  # (T, d)
+        a = _decay(delta_c, A, resets_c)  # (T, n, d)
+        h = states(a, B_c, u, start, h)  # (T, n, d)
+        gs, g = gradients(a, C_c, dy_c, g, gs)  # (T, n, d), (n, d)
+        dB, dC = jnp.einsum("tnd,td->tn", gs, u), jnp.einsum("tnd,td->tn", h, dy_c)  # (T, n)
+        du = jnp.einsum("tnd,tn->td", gs, B_c)  # (T, d)
+        # The gradient of the exponent Δ_t A is g_t a_t h_{t−1} = g_t (h_t − B_t ⊗ u_t). Its sums
+        # over n and over t are written out: XLA's own are several times slower on a CPU.
+        ddelta = du * x_c + sum(
+            gs[:, i] * (h[:, i] - B_c[:, i, None] * u) * A[i] for i in range(len(A))
+        )  # (T, d)
+        dA = jax.lax.fori_loop(
+            0, T, lambda t, s: s + gs[t] * (h[t] - _outer(B_c[t], u[t])) * delta_c[t], dA
+        )  # (n, d)
+        return (g, dA, h, gs), (du * delta_c, ddelta, dB, dC)
 
     def row(inputs):
-        *chunks, g = inputs
-        return jax.lax.scan(chunk, (g, jnp.zeros_like(A)), tuple(chunks), reverse=True)
+        chunks, starts, g = inputs
+        empty = jnp.zeros((T, *A.shape), A.dtype)
+        carry = (g, jnp.zeros_like(A), empty, empty)
+        (g, dA, _, _), grads = jax.lax.scan(chunk, carry, (chunks, starts), reverse=True)
+        return g, dA, grads
 
-    # One row of the batch after the other: what a chunk needs then stays in the cache.
-    (dh0, dA), grads = jax.lax.map(row, (*map(_to_chunks, (x, delta, B, C, dy)), starts, g_last))
+    chunks = jax.tree.map(lambda v: _to_chunks(v, T), (x, delta, B, C, dy, resets))
+    dh0, dA, grads = over_rows(row, (chunks, starts, g_last))
     dx, ddelta, dB, dC = (_from_chunks(v, x.shape[1]) for v in grads)
-    return dx, ddelta, dA.sum(0), dB, dC, dh0
+    return dx, ddelta, dA.sum(0), dB, dC, dh0, None
 
 
-_sequential.defvjp(_sequential_forward, _sequential_backward)
+_in_chunks.defvjp(_in_chunks_forward, _in_chunks_backward)
 
-_METHODS = {"sequential": _sequential, "associative": _associative}
+_METHODS = {name: partial(_in_chunks, name) for name in _CHUNKED} | {"associative": _associative}
 
 
-def _check_shapes(x, delta, A, B, C, D, z, h0):
+def _check_shapes(x, delta, A, B, C, D, z, h0, resets):
     if x.ndim != 3 or x.shape[1] < 1:
         raise ValueError(f"x must have shape (b, l, d) with l >= 1, got {x.shape}")
     if A.ndim != 2:
@@ -207,9 +314,12 @@ def _check_shapes(x, delta, A, B, C, D, z, h0):
         "D": (D, (d,)),
         "z": (z, (b, l, d)),
         "h0": (h0, (b, d, n)),
+        "resets": (resets, (b, l)),
     }
     for name, (value, shape) in expected.items():
         if value is not None and value.shape != shape:
             raise ValueError(
                 f"{name} must have shape {shape} to fit x {x.shape}, got {value.shape}"
             )
+    if resets is not None and resets.dtype != bool:
+        raise ValueError(f"resets must be bool, True where a new piece starts, got {resets.dtype}")

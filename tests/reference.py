@@ -1,9 +1,9 @@
-"""The selective scan as a float64 NumPy loop: what every method is held against."""
+"""The selective scan and its gradients in float64 NumPy: what every method is held against."""
 
 import numpy as np
 
 
-def selective_scan_loop(x, delta, A, B, C, D, z=None, h0=None):
+def selective_scan_loop(x, delta, A, B, C, D, z=None, h0=None, resets=None):
     """-> y: (b, l, d), h: (b, d, n), straight from the equations, channel by channel."""
     x, delta, A, B, C, D = (np.asarray(v, np.float64) for v in (x, delta, A, B, C, D))
     b, l, d = x.shape
@@ -12,6 +12,8 @@ def selective_scan_loop(x, delta, A, B, C, D, z=None, h0=None):
     y = np.zeros((b, l, d))
     for i in range(b):
         for t in range(l):
+            if resets is not None and resets[i, t]:
+                h[i] = 0
             for c in range(d):
                 decay = np.exp(delta[i, t, c] * A[c])  # (n,)
                 h[i, c] = decay * h[i, c] + delta[i, t, c] * B[i, t] * x[i, t, c]  # (n,)
@@ -20,6 +22,41 @@ def selective_scan_loop(x, delta, A, B, C, D, z=None, h0=None):
         z = np.asarray(z, np.float64)
         y = y * z / (1 + np.exp(-z))
     return y, h
+
+
+def selective_scan_gradients(dy, dh, x, delta, A, B, C, D, z, h0, resets=None):
+    """Gradients of Σ dy ⊙ y + Σ dh ⊙ h by the chain rule, time step by time step. -> dict
+
+    All states are kept: nothing is recomputed and nothing is cut into chunks.
+    """
+    b, l, d = x.shape
+    n = A.shape[1]
+    keep = np.ones((b, l)) if resets is None else 1.0 - resets
+    before, states, h = np.zeros((l, b, d, n)), np.zeros((l, b, d, n)), h0
+    for t in range(l):
+        before[t] = keep[:, t, None, None] * h
+        decay = np.exp(delta[:, t, :, None] * A)  # (b, d, n)
+        h = decay * before[t] + (delta * x)[:, t, :, None] * B[:, t, None]  # (b, d, n)
+        states[t] = h
+    sigmoid = 1 / (1 + np.exp(-z))
+    ungated = np.einsum("lbdn,bln->bld", states, C) + D * x  # (b, l, d)
+    dz = dy * ungated * sigmoid * (1 + z * (1 - sigmoid))
+    dy = dy * z * sigmoid
+    grads = {"x": dy * D, "delta": np.zeros_like(x), "A": np.zeros_like(A)}
+    grads |= {"B": np.zeros_like(B), "C": np.einsum("lbdn,bld->bln", states, dy)}
+    grads |= {"D": (dy * x).sum((0, 1)), "z": dz}
+    g = dh
+    for t in reversed(range(l)):
+        g = g + dy[:, t, :, None] * C[:, t, None]  # (b, d, n)
+        decay = np.exp(delta[:, t, :, None] * A)
+        dexponent = g * decay * before[t]  # gradient of Δ_t A
+        du = (g * B[:, t, None]).sum(2)  # (b, d): gradient of Δ_t x_t
+        grads["A"] += (dexponent * delta[:, t, :, None]).sum(0)
+        grads["delta"][:, t] = (dexponent * A).sum(2) + du * x[:, t]
+        grads["x"][:, t] += du * delta[:, t]
+        grads["B"][:, t] = np.einsum("bdn,bd->bn", g, (delta * x)[:, t])
+        g = g * decay * keep[:, t, None, None]
+    return grads | {"h0": g}
 
 
 def relative_error(actual, expected):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from mamba.scan import combine, selective_scan
-from tests.reference import relative_error, selective_scan_loop
+from tests.reference import relative_error, selective_scan_gradients, selective_scan_loop
 
-METHODS = ["sequential", "associative"]
+METHODS = ["sequential", "chunked", "associative"]
+IN_CHUNKS = ["sequential", "chunked"]  # with a backward pass of their own
 NAMES = ["x", "delta", "A", "B", "C", "D", "z", "h0"]
 
 
@@ -77,58 +78,172 @@ def test_long_sequence_does_not_drift(method):
     assert relative_error(y, y_ref) < 1e-5 and relative_error(h, h_ref) < 1e-5
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("l", [1, 2, 19])
-def test_gradients_agree_with_float64_finite_differences(method, l):
-    """Along random directions, for every argument, through outputs and returned state."""
-    inputs = random_inputs(2, l, 3, 4, seed=7 + l)
-    rng = np.random.default_rng(1)
-    weight_y, weight_h = rng.normal(size=(2, l, 3)), rng.normal(size=(2, 3, 4))
+# --- gradients ----------------------------------------------------------------------------------
 
-    def loss_loop(values):
-        y, h = selective_scan_loop(**values)
-        return (y * weight_y).sum() + (h * weight_h).sum()
+
+def random_cotangents(inputs, seed=1):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=inputs["x"].shape), rng.normal(size=inputs["h0"].shape)
+
+
+@partial(jax.jit, static_argnames="method")
+def gradients(inputs, dy, dh, resets=None, method="auto"):
+    """Of Σ dy ⊙ y + Σ dh ⊙ h, in every argument."""
+    f = partial(selective_scan, resets=resets, method=method, return_state=True)
+    return jax.vjp(lambda v: f(**v), inputs)[1]((dy, dh))[0]
+
+
+def random_resets(b, l, seed=0):
+    """Pieces of all lengths, from one token on; one row starts with a reset, one has none."""
+    resets = np.random.default_rng(seed).uniform(size=(b, l)) < 0.2
+    resets[0, 0] = True
+    resets[-1] = False
+    return resets
+
+
+def test_reference_gradients_agree_with_differences():
+    """The float64 adjoint that the methods are held against, along random directions."""
+    inputs, resets = random_inputs(2, 9, 3, 4), random_resets(2, 9)
+    dy, dh = random_cotangents(inputs)
 
     def loss(values):
-        y, h = selective_scan(**values, method=method, return_state=True)
-        return (y * weight_y).sum() + (h * weight_h).sum()
+        y, h = selective_scan_loop(**values, resets=resets)
+        return (y * dy).sum() + (h * dh).sum()
 
-    grads = jax.jit(jax.grad(loss))(as_float32(inputs))
+    grads = selective_scan_gradients(dy, dh, **inputs, resets=resets)
     for name in NAMES:
-        for seed in range(3):
-            direction = np.random.default_rng(seed).normal(size=inputs[name].shape)
-            direction *= 0.01 if name == "delta" else 1.0
-            step = 1e-5
-            plus = loss_loop({**inputs, name: inputs[name] + step * direction})
-            minus = loss_loop({**inputs, name: inputs[name] - step * direction})
-            expected = (plus - minus) / (2 * step)
-            grad = np.asarray(grads[name], np.float64)
-            scale = np.linalg.norm(grad) * np.linalg.norm(direction) + 1e-12
-            assert abs((grad * direction).sum() - expected) / scale < 1e-4, name
+        direction = np.random.default_rng(3).normal(size=inputs[name].shape)
+        direction *= 0.01 if name == "delta" else 1.0
+        e = 1e-5
+        up, down = (loss({**inputs, name: inputs[name] + s * direction}) for s in (e, -e))
+        expected = (up - down) / (2 * e)
+        scale = np.linalg.norm(grads[name]) * np.linalg.norm(direction)
+        assert abs((grads[name] * direction).sum() - expected) < 1e-7 * scale, name
 
 
-@pytest.mark.parametrize("l", [1, 16, 37])
-def test_own_backward_pass_agrees_with_autodiff(l):
-    """The hand-written gradient of "sequential" against JAX's through "associative"."""
-    inputs = as_float32(random_inputs(3, l, 8, 5, seed=l))
+LENGTHS = [1, 2, 3, 7, 8, 37, 64, 372, 784, 1134, 4096]
+SOME = [1, 2, 37, 372]  # JAX's own gradient of "associative" takes long to compile
 
-    def grads(method):
-        def loss(values):
-            y, h = selective_scan(**values, method=method, return_state=True)
-            return jnp.sum(jnp.sin(y)) + jnp.sum(h**2)
 
-        return jax.jit(jax.grad(loss))(inputs)
-
-    ours, autodiff = grads("sequential"), grads("associative")
+@pytest.mark.parametrize(
+    ("method", "l"),
+    [(m, l) for m in METHODS for l in (SOME if m == "associative" else LENGTHS)],
+)
+def test_gradients_agree_with_float64(method, l):
+    """Every argument, through the outputs and the returned state, element by element."""
+    inputs = random_inputs(2, l, 2, 3, seed=7 + l)
+    dy, dh = random_cotangents(inputs)
+    expected = selective_scan_gradients(dy, dh, **inputs)
+    actual = gradients(as_float32(inputs), jnp.float32(dy), jnp.float32(dh), method=method)
     for name in NAMES:
-        assert relative_error(ours[name], autodiff[name]) < 1e-4, name
+        assert relative_error(actual[name], expected[name]) < 1e-4, name
+
+
+@pytest.mark.parametrize("method", IN_CHUNKS)
+def test_backward_pass_keeps_no_state_per_step(method):
+    """Nothing that the forward pass leaves for the backward pass has the size of all states."""
+    b, l, d, n = 2, 640, 8, 16
+    inputs = as_float32(random_inputs(b, l, d, n))
+    _, pull = jax.vjp(lambda v: selective_scan(**v, method=method), inputs)
+    assert max(leaf.size for leaf in jax.tree.leaves(pull)) == b * l * d  # (l / 16) · n = l
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_second_derivatives(method):
+    """grad of grad, against differences of float64 gradients: float32 inside, so to 1e-3."""
+    inputs = random_inputs(1, 18, 2, 3)
+    dy, dh = random_cotangents(inputs)
+    along = {k: np.random.default_rng(5).normal(size=v.shape) for k, v in inputs.items()}
+
+    def slope(v):  # the derivative of the loss along one direction
+        g = gradients(v, jnp.float32(dy), jnp.float32(dh), method=method)
+        return sum((g[k] * jnp.float32(along[k])).sum() for k in NAMES)
+
+    actual = jax.jit(jax.grad(slope))(as_float32(inputs))
+    e = 1e-5
+    up, down = (
+        selective_scan_gradients(dy, dh, **{k: v + s * along[k] for k, v in inputs.items()})
+        for s in (e, -e)
+    )
+    for name in NAMES:
+        assert relative_error(actual[name], (up[name] - down[name]) / (2 * e)) < 1e-3, name
+
+
+def test_forward_mode():
+    inputs = as_float32(random_inputs(1, 5, 2, 3))
+    f = lambda x, method: selective_scan(**(inputs | {"x": x}), method=method)  # noqa: E731
+    _, tangent = jax.jvp(lambda x: f(x, "associative"), (inputs["x"],), (inputs["x"],))
+    assert relative_error(tangent, f(inputs["x"], "sequential") - f(0 * inputs["x"], "auto")) < 1e-5
+    for method in IN_CHUNKS:
+        with pytest.raises(TypeError, match="custom_vjp"):
+            jax.jvp(lambda x, m=method: f(x, m), (inputs["x"],), (inputs["x"],))
+
+
+# --- packed rows --------------------------------------------------------------------------------
+
+
+def pieces_of(row):
+    """-> [(first, last + 1), ...] of the pieces in one row of resets."""
+    edges = sorted({0, *np.flatnonzero(row), len(row)})
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("l", [1, 15, 70])
+def test_packed_pieces_are_the_pieces_apart(method, l):
+    """Values, the returned state and every gradient, the pieces run by the float64 reference."""
+    inputs, resets = random_inputs(3, l, 2, 3, seed=l), random_resets(3, l, seed=l)
+    dy, dh = random_cotangents(inputs)
+    y, h = run(as_float32(inputs) | {"resets": resets}, method)
+    grads = gradients(as_float32(inputs), jnp.float32(dy), jnp.float32(dh), resets, method=method)
+    expected = {k: np.zeros_like(v) for k, v in inputs.items()}
+    for i, row in enumerate(resets):
+        for first, last in pieces_of(row):
+            part = np.s_[i : i + 1, first:last]
+            piece = {k: v[part] if k in "x delta B C z" else v for k, v in inputs.items()}
+            piece["h0"] = np.zeros((1, 2, 3)) if row[first] else inputs["h0"][i : i + 1]
+            y_piece, h_piece = selective_scan_loop(**piece)
+            assert relative_error(y[part], y_piece) < 1e-5
+            at_end = dh[i : i + 1] * (last == l)
+            for k, v in selective_scan_gradients(dy[part], at_end, **piece).items():
+                if k in "x delta B C z":
+                    expected[k][part] = v
+                elif k != "h0":
+                    expected[k] += v
+                elif not row[first]:
+                    expected[k][i : i + 1] = v
+        assert relative_error(h[i : i + 1], h_piece) < 1e-5
+    for name in NAMES:
+        assert relative_error(grads[name], expected[name]) < 1e-4, name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_crosses_a_reset(method):
+    """Exactly: what comes before changes nothing after it, and gets no gradient from there."""
+    inputs, resets = as_float32(random_inputs(3, 70, 2, 3)), np.zeros((3, 70), bool)
+    resets[:, 67] = True
+    other = {k: v.at[:, :67].set(1.5 * v[:, :67]) for k, v in inputs.items() if k in "x delta B z"}
+    other["h0"] = 3 * inputs["h0"]
+    (y, h), (y_other, h_other) = (
+        run(v | {"resets": resets}, method) for v in (inputs, inputs | other)
+    )
+    assert (y[:, 67:] == y_other[:, 67:]).all() and (h == h_other).all()
+    dy, dh = random_cotangents(inputs)
+    dy[:, :67] = 0
+    grads = gradients(inputs, jnp.float32(dy), jnp.float32(dh), resets, method=method)
+    assert not grads["h0"].any()
+    for name in "x delta B C z".split():
+        assert not grads[name][:, :67].any() and grads[name][:, 67:].any(), name
+
+
+# --- use ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_any_split_continues(method):
     inputs = as_float32(random_inputs(2, 40, 3, 4))
     whole, h_whole = run(inputs, method)
-    for cut in (1, 16, 23):
+    for cut in (1, 23):
         first = {k: v[:, :cut] if k in "x delta B C z".split() else v for k, v in inputs.items()}
         rest = {k: v[:, cut:] if k in "x delta B C z".split() else v for k, v in inputs.items()}
         y1, h = run(first, method)
@@ -157,6 +272,15 @@ def test_dtypes(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_float32_inside_whatever_the_default(method, double):
+    inputs = {k: jnp.asarray(v) for k, v in random_inputs(1, 5, 2, 3).items()}
+    y, h = selective_scan(**inputs, method=method, return_state=True)
+    grads = jax.grad(lambda v: selective_scan(**v, method=method).sum())(inputs)
+    assert y.dtype == jnp.float64 and h.dtype == jnp.float32
+    assert all(grads[k].dtype == jnp.float64 for k in NAMES)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_transformations(method):
     """jit, vmap, checkpoint."""
     inputs = as_float32(random_inputs(2, 18, 3, 4))
@@ -167,19 +291,6 @@ def test_transformations(method):
     loss = lambda v: jnp.sum(f(v) ** 2)  # noqa: E731
     plain, checkpointed = jax.grad(loss)(inputs), jax.grad(jax.checkpoint(loss))(inputs)
     assert all(relative_error(checkpointed[k], plain[k]) < 1e-6 for k in NAMES)
-
-
-def test_methods_agree_on_second_derivatives():
-    inputs = as_float32(random_inputs(1, 18, 2, 3))
-
-    def second(method):
-        loss = lambda v: jnp.sum(selective_scan(**v, method=method) ** 2)  # noqa: E731
-        return jax.jit(jax.grad(lambda v: sum(jnp.sum(g**2) for g in jax.grad(loss)(v).values())))(
-            inputs
-        )
-
-    ours, autodiff = second("sequential"), second("associative")
-    assert all(relative_error(ours[k], autodiff[k]) < 1e-3 for k in NAMES)
 
 
 def test_combine_is_associative_and_not_commutative():
@@ -201,5 +312,9 @@ def test_bad_input_is_named():
             selective_scan(**(good | {name: cut}))
     with pytest.raises(ValueError, match="l >= 1"):
         selective_scan(**(good | {"x": good["x"][:, :0]}))
+    with pytest.raises(ValueError, match=r"^resets must have shape \(2, 5\)"):
+        selective_scan(**good, resets=np.zeros((2, 4), bool))
+    with pytest.raises(ValueError, match="^resets must be bool.*int64"):
+        selective_scan(**good, resets=np.zeros((2, 5), int))
     with pytest.raises(ValueError, match="unknown method 'parallel'.*associative.*sequential"):
         selective_scan(**good, method="parallel")
