@@ -51,8 +51,8 @@ class Blocks(NamedTuple):
     params: object
 
 
-# One warp, one channel a thread, whose n states it holds: no thread waits for another in y's sum
-# over n. The backward pass holds CHUNK states too and spills part of them when n = 16.
+# One warp holds (n, 32): a sum over n or over the channels never waits for another warp. Wider would
+# spill more of the CHUNK states of the backward pass, narrower waste each thread's work per token.
 GPU = Blocks(32, None, plgpu.CompilerParams(num_warps=1, num_stages=1))
 # At n = 16 a backward block takes 2.7 MB of vector memory, twice that with the next one under way.
 TPU = Blocks(
@@ -66,8 +66,8 @@ def pallas_scan(x, delta, A, B, C, D, z, h0, resets, interpret=None):
     Arguments, float32: x, delta, z: (b, l, d), z None for no gate.   A: (n, d), negative.   B, C:
     (b, l, n).   D: (d,).   h0: (b, n, d) state before the first token.   resets: (b, l) bool, or
     None; True discards the state before that token.   interpret: True runs the kernel as ordinary
-    JAX operations, False compiles it for a GPU or a TPU, None does what fits the platform that the
-    program is lowered for.
+    JAX operations, False compiles it for a GPU or a TPU and does not lower for anything else; None
+    does what fits the platform that the program is lowered for.
 
     Returns y: (b, l, d) and the state after the last token: (b, n, d). Differentiable in reverse
     mode, once, in every float argument and through both results.
@@ -100,21 +100,21 @@ def pallas_scan(x, delta, A, B, C, D, z, h0, resets, interpret=None):
 # --- the kernels: what one program does ---------------------------------------------------------
 
 
+def _row(t, *refs):
+    """Token t's row of each ref, (w,) or (n,); None for a ref that is None."""
+    return [ref if ref is None else ref[t] for ref in refs]
+
+
 def _read(k, *refs):
-    """The rows of chunk k, token by token: (w,) or (n,) of each ref, None for a ref that is None.
+    """The rows of chunk k, token by token.
 
     All before the first write: a compiler that cannot tell what a write may change holds back every
     later read, and would wait for the memory once per token instead of once per chunk.
     """
-    return [[ref if ref is None else ref[k * CHUNK + t] for ref in refs] for t in range(CHUNK)]
+    return [_row(k * CHUNK + t, *refs) for t in range(CHUNK)]
 
 
-def _write(k, ref, rows):
-    for t, row in enumerate(rows):
-        ref[k * CHUNK + t] = row
-
-
-def _step(h, x, delta, A, B, keep):
+def _step(h, A, x, delta, B, keep):
     """h, A: (n, w), x, delta: (w,), B, keep: (n,) -> exp(Δ_t A) and h_t, both (n, w)."""
     decay = jnp.exp2((LOG2_E * delta) * A)  # hardware has 2^v; the factor costs once per channel
     if keep is not None:
@@ -144,10 +144,11 @@ def _forward_kernel(
             starts_ref[k] = h
         ys = []
         for x, delta, B, C, z, keep in rows:
-            _, h = _step(h, x, delta, A, B, keep)  # (n, w)
+            _, h = _step(h, A, x, delta, B, keep)  # (n, w)
             y = _output(h, x, C, D)  # (w,)
             ys.append(y if z is None else y * jax.nn.silu(z))
-        _write(k, y_ref, ys)
+        for t, y in enumerate(ys):
+            y_ref[k * CHUNK + t] = y
         return h
 
     h = jnp.where(pl.program_id(2) == 0, h0_ref[...], h_ref[...])
@@ -170,30 +171,31 @@ def _backward_kernel(
 
     def chunk(i, carry):
         k = chunks - 1 - i
-        rows = _read(k, x_ref, delta_ref, B_ref, C_ref, z_ref, keep_ref, dy_ref)
+        rows, gates = _read(k, x_ref, delta_ref, B_ref, keep_ref), _read(k, z_ref, dy_ref)
         h = [starts_ref[k]]  # h[t]: (n, w) before token t of the chunk
-        for t, (x, delta, B, _, _, keep, _) in enumerate(rows):
-            h.append(_step(h[t], x, delta, A, B, keep)[1])
+        for t in range(CHUNK):
+            h.append(_step(h[t], A, *rows[t])[1])
 
         g, dA, dD = carry
-        grads = []
-        for t, (x, delta, B, C, z, keep, dy) in reversed(list(enumerate(rows))):
-            dz = None
+        for t in reversed(range(CHUNK)):
+            # From the cache: kept since their first use, they would push h out of the registers.
+            row = k * CHUNK + t
+            x, delta, B, keep, C = _row(row, x_ref, delta_ref, B_ref, keep_ref, C_ref)
+            z, dy = gates[t]
             if z is not None:
                 gate = jax.nn.sigmoid(z)
-                dz = dy * _output(h[t + 1], x, C, D) * gate * (1 + z * (1 - gate))
+                y = _output(h[t + 1], x, C, D)
+                dz_ref[row] = dy * y * gate * (1 + z * (1 - gate))
                 dy = dy * z * gate
             g = g + C[:, None] * dy  # (n, w)
-            dB, dC = jnp.sum(g * (delta * x), axis=1), jnp.sum(h[t + 1] * dy, axis=1)  # (n,)
+            dC_ref[row] = jnp.sum(h[t + 1] * dy, axis=1)  # (n,)
+            dB_ref[row] = jnp.sum(g * (delta * x), axis=1)  # (n,)
             du = jnp.sum(g * B[:, None], axis=0)  # (w,): gradient of Δ_t x_t
-            g = g * _step(h[t], x, delta, A, B, keep)[0]  # of h_{t−1}
+            g = g * _step(h[t], A, x, delta, B, keep)[0]  # of h_{t−1}
             dexponent = g * h[t]  # (n, w): gradient of Δ_t A
-            ddelta = jnp.sum(dexponent * A, axis=0) + du * x
-            grads.append((du * delta + D * dy, ddelta, dB, dC, dz))
+            dx_ref[row] = du * delta + D * dy
+            ddelta_ref[row] = jnp.sum(dexponent * A, axis=0) + du * x
             dA, dD = dA + dexponent * delta, dD + dy * x
-        for ref, values in zip((dx_ref, ddelta_ref, dB_ref, dC_ref, dz_ref), zip(*grads)):
-            if ref is not None:
-                _write(k, ref, reversed(values))
         return g, dA, dD
 
     first = pl.program_id(2) == 0
@@ -282,6 +284,7 @@ def _backward(x, delta, A, B, C, D, z, keep, starts, dy, dh, *, blocks, interpre
 # --- the platform, and the gradient -------------------------------------------------------------
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _dispatch(function, interpret, *args):
     """The function compiled for the platform that the program is lowered for, or interpreted."""
     interpreted = functools.partial(function, blocks=TPU, interpret=True)
@@ -295,6 +298,12 @@ def _dispatch(function, interpret, *args):
     return jax.lax.platform_dependent(*args, **branches)
 
 
+def _no_gradient(*_):  # reached only by the derivative of a derivative
+    raise NotImplementedError(
+        "the Pallas kernel can be differentiated once: for more, use method='associative'"
+    )
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(interpret, *args):
     return _dispatch(functools.partial(_forward, save=False), interpret, *args)[:2]
@@ -306,23 +315,12 @@ def _scan_forward(interpret, *args):
 
 
 def _scan_backward(interpret, saved, cotangents):
-    *grads, dh0 = _gradients(interpret, *saved, *cotangents)
+    *grads, dh0 = _dispatch(_backward, interpret, *saved, *cotangents)
     return (*grads, None, dh0)  # None: `keep` has no gradient
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gradients(interpret, *args):
-    return _dispatch(_backward, interpret, *args)
-
-
-def _no_second_derivative(*_):
-    raise NotImplementedError(
-        "the Pallas kernel can be differentiated once: for more, use method='associative'"
-    )
-
-
+_dispatch.defvjp(_no_gradient, _no_gradient)
 _scan.defvjp(_scan_forward, _scan_backward)
-_gradients.defvjp(_no_second_derivative, _no_second_derivative)
 
 
 def _check(x, delta, A, B, C, D, z, h0, resets):
