@@ -51,8 +51,8 @@ class Blocks(NamedTuple):
     params: object
 
 
-# One warp holds (n, 32): a sum over n or over the channels never waits for another warp. Wider would
-# spill more of the CHUNK states of the backward pass, narrower waste each thread's work per token.
+# One warp holds (n, 32): no sum over n or over the channels waits for another warp. Wider blocks
+# would spill the CHUNK states of the backward pass, narrower ones do the work of each token more often.
 GPU = Blocks(32, None, plgpu.CompilerParams(num_warps=1, num_stages=1))
 # At n = 16 a backward block takes 2.7 MB of vector memory, twice that with the next one under way.
 TPU = Blocks(

