@@ -14,14 +14,6 @@ from tests.reference import relative_error, selective_scan_loop
 NAMES = ["x", "delta", "A", "B", "C", "D", "z", "h0"]
 
 
-@pytest.fixture(autouse=True)
-def compile_faster():
-    """Interpreted, the unrolled kernel is a large program: compile it without optimizing."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def random_inputs(b, l, d, n, gate=True, reset=False, seed=0):
     """In float64; with reset, every row has about l / 5 resets, one of them at a chunk's end."""
     rng = np.random.default_rng(seed)
