@@ -1,0 +1,234 @@
+"""The Pallas kernel: interpreted against float64, lowered for CUDA and TPU; run on neither here."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mamba import kernel
+from mamba.kernel import CHUNK, GPU, TPU, pallas_scan
+from tests.reference import relative_error, selective_scan_loop
+
+NAMES = ["x", "delta", "A", "B", "C", "D", "z", "h0"]
+
+
+def random_inputs(b, l, d, n, gate=True, reset=False, seed=0):
+    """In float64; with reset, every row has about l / 5 resets, one of them at a chunk's end."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: rng.normal(size=shape)  # noqa: E731
+    resets = None
+    if reset:
+        resets = rng.random((b, l)) < 0.2
+        resets[:, min(CHUNK, l - 1)] = True
+    return {
+        "x": normal(b, l, d),
+        "delta": np.exp(rng.uniform(np.log(1e-3), np.log(1.0), (b, l, d))),
+        "A": -rng.uniform(0.1, 16, (n, d)),
+        "B": normal(b, l, n),
+        "C": normal(b, l, n),
+        "D": normal(d),
+        "z": normal(b, l, d) if gate else None,
+        "h0": normal(b, n, d),
+        "resets": resets,
+    }
+
+
+def as_float32(inputs):
+    return {
+        k: v if v is None or v.dtype == bool else jnp.asarray(v, jnp.float32)
+        for k, v in inputs.items()
+    }
+
+
+def loop(x, delta, A, B, C, D, z, h0, resets):
+    """The float64 loop, run on the pieces between two resets: each starts from nothing."""
+    y, h_last = np.zeros(x.shape), np.zeros(h0.shape)
+    for i in range(len(x)):
+        h = h0[i].T[None]  # (1, d, n)
+        cuts = [0, *(np.flatnonzero(resets[i]) if resets is not None else []), x.shape[1]]
+        for start, stop in zip(cuts[:-1], cuts[1:]):
+            if resets is not None and start < stop and resets[i, start]:
+                h = np.zeros_like(h)
+            piece = (slice(i, i + 1), slice(start, stop))
+            y[piece], h = selective_scan_loop(
+                *(x[piece], delta[piece], A.T, B[piece], C[piece], D),
+                *(None if z is None else z[piece], h),
+            )
+        h_last[i] = h[0].T
+    return y, h_last
+
+
+def gradients(inputs, dy, dh):
+    """Of Σ y dy + Σ h dh in float64: autodiff through the recurrence, one token after the other."""
+    resets = inputs["resets"]
+    given = {k: v for k, v in inputs.items() if v is not None and k != "resets"}
+
+    def loss(p):
+        def step(h, t):
+            x, delta, B, C, z, reset, dy = t
+            h = jnp.where(reset[:, None, None], 0.0, h)
+            h = jnp.exp(delta[:, None] * p["A"]) * h + B[..., None] * (delta * x)[:, None]
+            y = jnp.einsum("bnd,bn->bd", h, C) + p["D"] * x
+            return h, (y * (1.0 if z is None else z * jax.nn.sigmoid(z)) * dy).sum()
+
+        reset = jnp.zeros(dy.shape[:2], bool) if resets is None else jnp.asarray(resets)
+        tokens = (p["x"], p["delta"], p["B"], p["C"], p.get("z"), reset, jnp.asarray(dy))
+        h, terms = jax.lax.scan(step, p["h0"], jax.tree.map(lambda v: v.swapaxes(0, 1), tokens))
+        return terms.sum() + (h * dh).sum()
+
+    with jax.enable_x64(True):
+        grads = jax.grad(loss)({k: jnp.asarray(v, jnp.float64) for k, v in given.items()})
+        return jax.tree.map(np.asarray, grads)
+
+
+CASES = [  # b, l, d, n, gate, resets: inside one chunk, off and on its border, past one block
+    (3, 1, 1, 3, True, False),
+    (3, 2, 5, 3, True, False),
+    (3, 3, 1, 3, True, False),
+    (3, 7, 128, 3, True, False),
+    (3, 7, 5, 3, True, True),
+    (1, 37, 5, 1, False, False),
+    (3, 64, 5, 3, False, True),
+    (1, 100, 200, 16, True, True),
+    (1, 372, 200, 3, True, False),
+]
+
+
+@pytest.mark.parametrize(("b", "l", "d", "n", "gate", "reset"), CASES)
+def test_agrees_with_float64(b, l, d, n, gate, reset):
+    inputs = random_inputs(b, l, d, n, gate, reset, seed=l)
+    check_values_and_gradients(partial(pallas_scan, interpret=True), inputs)
+
+
+def check_values_and_gradients(function, inputs):
+    p = as_float32(inputs)
+    resets = p.pop("resets")
+    (y, h), pullback = jax.vjp(lambda p: function(**p, resets=resets), p)
+    y_ref, h_ref = loop(**inputs)
+    assert y.dtype == h.dtype == jnp.float32
+    assert y.shape == y_ref.shape and h.shape == h_ref.shape
+    assert relative_error(y, y_ref) < 1e-5
+    assert relative_error(h, h_ref) < 1e-5
+
+    rng = np.random.default_rng(1)
+    dy, dh = rng.normal(size=y.shape), rng.normal(size=h.shape)
+    (grads,) = pullback((jnp.asarray(dy, jnp.float32), jnp.asarray(dh, jnp.float32)))
+    for name, expected in gradients(inputs, dy, dh).items():
+        assert relative_error(grads[name], expected) < 1e-4, name
+
+
+def test_the_blocks_of_a_gpu_give_the_same(monkeypatch):
+    """A grid without a time axis, and several blocks of channels whose dB and dC are added up."""
+    narrow = GPU._replace(channels=64)  # fewer programs to interpret than with 32
+    monkeypatch.setattr(kernel, "TPU", narrow._replace(tokens=TPU.tokens))
+    calls = []
+    original = kernel.pl.pallas_call
+    monkeypatch.setattr(
+        kernel.pl, "pallas_call", lambda *a, **k: calls.append(k["grid"]) or original(*a, **k)
+    )
+    inputs = random_inputs(2, 140, 128, 2, reset=True)
+    check_values_and_gradients(partial(pallas_scan, interpret=True), inputs)
+    assert calls and all(grid == (2, 2, 2) for grid in calls)
+
+
+def test_jit_and_vmap_interpret_on_a_cpu_by_themselves():
+    inputs = [random_inputs(1, 5, 3, 2, seed=seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *v: jnp.stack(v), *map(as_float32, inputs))
+    stacked.pop("resets")
+
+    def loss(p):
+        y, h = pallas_scan(**p, resets=None)
+        return y.sum() + h.sum()
+
+    grads = jax.jit(jax.vmap(jax.grad(loss)))(stacked)
+    for i, p in enumerate(inputs):
+        for name, expected in gradients(p, np.ones((1, 5, 3)), np.ones((1, 2, 3))).items():
+            assert relative_error(grads[name][i], expected) < 1e-4, name
+
+
+# --- lowering for machines that are not here ----------------------------------------------------
+
+
+def lowered(platform, shape, gradient, gate=True, reset=False, batch=()):
+    b, l, d, n = shape
+    float32 = lambda *s: jax.ShapeDtypeStruct((*batch, *s), jnp.float32)  # noqa: E731
+    arguments = (
+        *(float32(b, l, d), float32(b, l, d), float32(n, d), float32(b, l, n), float32(b, l, n)),
+        *(float32(d), float32(b, l, d) if gate else None, float32(b, n, d)),
+        jax.ShapeDtypeStruct((*batch, b, l), jnp.bool_) if reset else None,
+    )
+
+    def function(*args):
+        if not gradient:
+            return pallas_scan(*args)
+        (y, h), pullback = jax.vjp(lambda *a: pallas_scan(*a, args[8]), *args[:8])
+        return pullback((jnp.ones_like(y), jnp.ones_like(h)))
+
+    for _ in batch:
+        function = jax.vmap(function)
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "gate", "reset", "batch"),
+    [
+        ((1, 2048, 1536, 16), True, False, ()),
+        ((3, 37, 5, 3), False, True, ()),
+        ((2, 372, 200, 1), True, True, (2, 2)),
+    ],
+)
+@pytest.mark.parametrize(
+    ("platform", "call"), [("cuda", "xla.gpu.triton"), ("tpu", "tpu_custom_call")]
+)
+def test_lowers_to_a_kernel(platform, call, shape, gate, reset, batch, gradient):
+    text = lowered(platform, shape, gradient, gate, reset, batch)
+    assert text.count(call) == (2 if gradient else 1)
+    # Nothing else steps through time: an interpreted kernel, or a scan, would be a loop.
+    assert "stablehlo.while" not in text
+    # No array holds a state per token.
+    (b, l, d, n), lead = shape, "".join(f"{size}x" for size in batch)
+    assert f"tensor<{lead}{b}x{l}x{n}x{d}xf32>" not in text
+    if shape[1] == 2048:
+        kept = f"tensor<{b}x{l // CHUNK}x{n}x{d}xf32>"
+        assert (kept in text) == gradient
+
+
+def test_a_cpu_gets_no_kernel():
+    text = lowered("cpu", (1, 9, 3, 2), gradient=False)
+    assert "stablehlo.while" in text and "custom_call @" not in text
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*NAMES, "resets"])
+def test_names_the_argument_whose_shape_is_wrong(name):
+    inputs = as_float32(random_inputs(2, 4, 3, 2, reset=True))
+    inputs[name] = inputs[name][..., None]
+    with pytest.raises(ValueError, match=f"^{name} must have shape"):
+        pallas_scan(**inputs)
+
+
+def test_refuses_an_empty_sequence_and_other_dtypes():
+    inputs = as_float32(random_inputs(2, 4, 3, 2, reset=True))
+    with pytest.raises(ValueError, match="l >= 1"):
+        pallas_scan(**{**inputs, "x": inputs["x"][:, :0]})
+    with pytest.raises(TypeError, match="B must be float32, got bfloat16"):
+        pallas_scan(**{**inputs, "B": inputs["B"].astype(jnp.bfloat16)})
+    with pytest.raises(TypeError, match="resets must be bool, got int32"):
+        pallas_scan(**{**inputs, "resets": inputs["resets"].astype(jnp.int32)})
+
+
+def test_a_second_derivative_says_what_to_use():
+    inputs = as_float32(random_inputs(1, 4, 3, 2))
+
+    def slope(x):
+        return jax.grad(lambda x: pallas_scan(**{**inputs, "x": x}, interpret=True)[0].sum())(
+            x
+        ).sum()
+
+    with pytest.raises(NotImplementedError, match="method='associative'"):
+        jax.grad(slope)(inputs["x"])
