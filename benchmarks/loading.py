@@ -6,9 +6,9 @@
 Random weights of the shape of Mamba-130m, float32, are written to a temporary folder in every form
 that `from_pretrained` reads. Each form is loaded in processes of its own: one for the peak memory
 (growth since the imports, over the size of the parameters), several for the times. The yardstick of
-time is measured just before and just after each load, in the same process: the same files are read
-into memory allocated and touched before (`readinto`), from the page cache. Linux only (/proc).
-Writes benchmarks/results/loading.json.
+time is measured in the same process, from the page cache: the same files are read into memory that
+was allocated and touched before (`readinto`: "read"), and into memory new to the process, as the
+parameters' must be ("fresh read"). Linux only (/proc). Writes benchmarks/results/loading.json.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from machine import describe_run
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "loading.json"
-REPEATS = 7  # processes for the time of each form
+REPEATS = 3  # processes for the time of each form
 SHARDS = 3
 sys.path.insert(0, str(ROOT / "tests"))  # bin_files, which writes .bin files without PyTorch
 
@@ -60,6 +60,9 @@ def write_forms(folder, config):
             return path
 
         save_file(arrays, new("safetensors") / "model.safetensors")
+        if naming == "transformers":
+            bin_files.write_bin(new("bin") / "pytorch_model.bin", arrays)
+            continue
         save_file(repeated, new("safetensors, head repeated") / "model.safetensors")
         path, where = new("sharded safetensors"), {}
         for i in range(SHARDS):
@@ -110,8 +113,17 @@ def measure(folder, what):
     _, params = Mamba.from_pretrained(folder)
     jax.block_until_ready(params)
     load = time.perf_counter() - start
+    start = time.perf_counter()
+    contents = [path.read_bytes() for path in files]  # beside the parameters: also new memory
+    fresh = time.perf_counter() - start
+    assert sum(map(len, contents)) == size
     after = min(read_all(files, buffer), read_all(files, buffer))
-    return {"file_bytes": size, "read_s": (before + after) / 2, "load_s": load}
+    return {
+        "file_bytes": size,
+        "read_s": (before + after) / 2,
+        "fresh_read_s": fresh,
+        "load_s": load,
+    }
 
 
 def read_all(files, buffer):
@@ -165,23 +177,29 @@ def main():
         for form in write_forms(Path(folder), config):
             memory = in_child(Path(folder) / form, "memory")
             times = [in_child(Path(folder) / form, "time") for _ in range(repeats)]
-            ratios = [t["load_s"] / t["read_s"] for t in times]
             results.append(
                 {"form": form}
                 | memory
                 | {
                     "file_bytes": times[0]["file_bytes"],
                     "peak_over_weights": round(memory["peak_bytes"] / memory["weights_bytes"], 3),
-                    "median_read_s": round(statistics.median(t["read_s"] for t in times), 4),
-                    "median_load_s": round(statistics.median(t["load_s"] for t in times), 4),
-                    "median_load_over_read": round(statistics.median(ratios), 3),
-                    "load_over_read": [round(ratio, 3) for ratio in ratios],
+                }
+                | {
+                    f"median_{key}": round(statistics.median(t[key] for t in times), 4)
+                    for key in ("read_s", "fresh_read_s", "load_s")
+                }
+                | {
+                    f"load_over_{key}": round(
+                        statistics.median(t["load_s"] / t[f"{key}_s"] for t in times), 3
+                    )
+                    for key in ("read", "fresh_read")
                 }
             )
             row = results[-1]
             print(
                 f"{form:42s} peak {row['peak_over_weights']:.2f} × weights   load "
-                f"{row['median_load_s']:.3f} s = {row['median_load_over_read']:.2f} × reading",
+                f"{row['median_load_s']:.3f} s = {row['load_over_read']:.2f} × reading, "
+                f"{row['load_over_fresh_read']:.2f} × reading into fresh memory",
                 flush=True,
             )
     if args.quick:

@@ -25,11 +25,9 @@ def read_json(path):
     Refused as well: a key that occurs twice (readers differ in which of the two they take), and a
     file larger than what describes a model.
     """
-    with open(path, "rb") as file:
-        data = file.read(MAX_METADATA + 1)
-    if len(data) > MAX_METADATA:
-        raise CheckpointError(f"{path}: more than {MAX_METADATA} bytes of JSON: no model needs")
-    return _parse_json(path, data)
+    if os.path.getsize(path) > MAX_METADATA:
+        raise CheckpointError(f"{path}: more than {MAX_METADATA} bytes of JSON: no model needs it")
+    return _parse_json(path, Path(path).read_bytes())
 
 
 def _parse_json(path, data):

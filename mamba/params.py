@@ -17,7 +17,7 @@ from mamba.naming import tensor_table
 
 __all__ = ["compare_tensors", "read_params"]
 
-BLOCK = 2**18  # bytes: what is converted at a time stays in the processor's cache
+BLOCK = 2**20  # bytes: what is converted at a time stays in the processor's cache
 
 
 def read_params(path, config):
