@@ -4,6 +4,7 @@ Every pickle here is run through Python's own unpickler first where that can be 
 see that it would have done harm: the canary is a call of ``hostile_canary.sing``.
 """
 
+import io
 import json
 import pickle
 import struct
@@ -93,14 +94,12 @@ def test_no_opcode_runs_code(path, name, where, registry):
         def persistent_load(self, identity):
             return identity
 
-    import io
-
-    hostile_canary.songs.clear()
-    try:
-        Unpickler(io.BytesIO(pickled)).load()
-    except Exception:
-        pass  # harm is done before the end
-    if "parameter" not in name and "dotted" not in name:
+    if "parameter" not in name and "dotted" not in name:  # those need PyTorch, a newer pickle
+        hostile_canary.songs.clear()
+        try:
+            Unpickler(io.BytesIO(pickled)).load()
+        except Exception:
+            pass  # harm is done before the end
         assert hostile_canary.songs, "this pickle would not have run code: the test tests nothing"
 
     hostile_canary.songs.clear()
