@@ -7,12 +7,13 @@ ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 PARITY := .venv/.installed-parity
+FUZZ := .venv/.installed-fuzz
 
 # The outputs in the notebooks are a CPU's.
 export JAX_PLATFORMS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve test parity network-test portability bench chapter lint clean
+.PHONY: help book serve test parity network-test fuzz portability bench chapter lint clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -34,6 +35,10 @@ parity: $(PARITY) ## compare with transformers' PyTorch Mamba (installs PyTorch)
 
 network-test: $(INSTALLED) ## compare with the published outputs of the published weights
 	$(BIN)/pytest -m network tests $(ARGS)
+
+fuzz: $(FUZZ) ## search for weights files that break the readers (installs atheris)
+	@set -e; for target in bin pickle safetensors; do echo "$$target"; \
+		$(BIN)/python scripts/fuzz_checkpoint.py $$target -max_total_time=120 $(ARGS); done
 
 portability: $(INSTALLED) ## the notebooks again, as on a CPU without wide vector instructions
 	XLA_FLAGS=--xla_cpu_max_isa=SSE4_2 $(BIN)/pytest --nbval -n 2 --dist loadfile book
@@ -62,4 +67,8 @@ $(INSTALLED): requirements.txt constraints.txt pyproject.toml
 
 $(PARITY): $(INSTALLED) requirements-parity.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-parity.txt -c constraints.txt
+	@touch $@
+
+$(FUZZ): $(INSTALLED) requirements-fuzz.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-fuzz.txt -c constraints.txt
 	@touch $@

@@ -6,23 +6,43 @@ header, then raw numbers); read are safetensors, single or in shards, and PyTorc
 """
 
 import json
-from functools import partial
+import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import ml_dtypes
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from mamba.torch_bin import CheckpointError, Tensor, quote, read_bin
+from mamba.tensors import MAX_METADATA, CheckpointError, Tensor, on_disk, quote
+from mamba.torch_bin import read_bin
 
 __all__ = ["CheckpointError", "Tensor", "read_json", "read_tensors", "shard_names", "write_tensors"]
 
 
 def read_json(path):
-    """Read the JSON object in ``path`` -> dict. Raises CheckpointError if it holds none."""
+    """Read the JSON object in ``path`` -> dict. Raises CheckpointError if it holds none.
+
+    Refused as well: a key that occurs twice (readers differ in which of the two they take), and a
+    file larger than what describes a model.
+    """
+    if os.path.getsize(path) > MAX_METADATA:
+        raise CheckpointError(f"{path}: more than {MAX_METADATA} bytes of JSON: no model needs it")
+    return _parse_json(path, Path(path).read_bytes())
+
+
+def _parse_json(path, data):
+    def once(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            seen = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+            raise CheckpointError(f"{path}: {quote(twice)} occurs twice in one JSON object")
+        return found
+
     try:
-        value = json.loads(Path(path).read_bytes())
+        value = json.loads(data, object_pairs_hook=once)
+    except CheckpointError:
+        raise
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -69,26 +89,59 @@ _DTYPES = {
 
 
 def _read_safetensors(path):
-    tensors = {}
+    """8 bytes: the header's length; the header, JSON: {name: dtype, shape, place}; the numbers.
+
+    The numbers must follow each other without gap or overlap, up to the end of the file, so the
+    tensors take no more memory than the file. Source: the format's description in the README of
+    huggingface/safetensors.
+    """
+
+    def fail(message):
+        raise CheckpointError(f"{path}: not a complete safetensors file: {message}")
+
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        start = 8 + length
+        if size < 8 or start > size:
+            fail(f"it has {size} bytes, and its header would have {length}")
+        if length > MAX_METADATA:
+            fail(f"its header has {length} bytes, more than any model needs")
+        header = file.read(length)
     try:
-        with safetensors.safe_open(str(path), "np") as file:
-            for name in file.keys():  # noqa: SIM118 (it is not a dict)
-                entry = file.get_slice(name)
-                kind = entry.get_dtype()
-                if kind not in _DTYPES:
-                    raise CheckpointError(f"{path}: {quote(name)} has unsupported dtype {kind}")
-                read = partial(_read_safetensor, path, name)
-                tensors[name] = Tensor(tuple(entry.get_shape()), np.dtype(_DTYPES[kind]), read)
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path}: not a complete safetensors file: {error}") from error
+        text = header.decode()
+    except UnicodeDecodeError:
+        fail("its header is not text")
+    entries = _parse_json(path, text) if text.startswith("{") else fail("its header is not JSON")
+    notes = entries.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+        fail("__metadata__ must be an object of strings")
+    tensors, spans = {}, []
+    for name, entry in entries.items():
+        keys = ("dtype", "shape", "data_offsets")
+        if not isinstance(entry, dict) or sorted(entry) != sorted(keys):
+            fail(f"{quote(name)} must have exactly {', '.join(keys)}")
+        kind, shape, place = (entry[key] for key in keys)
+        if not isinstance(kind, str) or kind not in _DTYPES:
+            raise CheckpointError(f"{path}: {quote(name)} has unsupported dtype {quote(kind)}")
+        for numbers in (shape, place):
+            if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
+                fail(f"{quote(name)}: expected a list of sizes, found {quote(numbers)}")
+        if len(place) != 2:
+            fail(f"{quote(name)}: data_offsets must be two numbers, found {quote(place)}")
+        tensor = on_disk(path, _DTYPES[kind], start + place[0], tuple(shape))
+        if place[1] - place[0] != tensor.nbytes:
+            fail(f"{quote(name)}: {quote(shape)} × {kind} do not make the bytes {quote(place)}")
+        tensors[name] = tensor
+        spans.append((*place, name))
+    end = 0
+    for begin, after, name in sorted(spans):
+        if begin != end:
+            fail(f"{quote(name)} begins at byte {quote(begin)}, expected {quote(end)}")
+        end = after
+    if start + end != size:
+        fail(f"its tensors end at byte {quote(start + end)}, the file at {size}")
     return tensors
-
-
-def _read_safetensor(path, name):
-    # Opened anew for each tensor: the library maps the whole file, and the pages once read would
-    # otherwise stay in memory beside the parameters until the last tensor is done.
-    with safetensors.safe_open(str(path), "np") as file:
-        return file.get_tensor(name)
 
 
 def shard_names(path):
@@ -102,7 +155,7 @@ def _weight_map(path):
         raise CheckpointError(f"{path}: expected a non-empty object 'weight_map'")
     for name, file in mapping.items():
         # A shard lies beside its index; a path could point at any file of the machine.
-        if not isinstance(file, str) or not file.endswith(".safetensors") or "\0" in file:
+        if not isinstance(file, str) or not file.endswith(".safetensors") or not file.isprintable():
             raise CheckpointError(
                 f"{path}: {quote(name)}: expected the name of a .safetensors file"
             )
@@ -127,7 +180,8 @@ def _read_shards(path):
         if listed != held.keys():
             lacking, extra = sorted(listed - held.keys()), sorted(held.keys() - listed)
             raise CheckpointError(
-                f"{file}: not what {path.name} lists; missing: {lacking}, unexpected: {extra}"
+                f"{file}: not what {path.name} lists; missing: {quote(lacking)}, unexpected: "
+                f"{quote(extra)}"
             )
         tensors |= held
     return tensors

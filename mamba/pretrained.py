@@ -10,11 +10,12 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
-from mamba.checkpoint import CheckpointError, read_json, read_tensors, shard_names, write_tensors
+from mamba.checkpoint import CheckpointError, read_json, shard_names, write_tensors
 from mamba.model import Mamba
 from mamba.naming import read_config, tensor_table, write_config
+from mamba.params import compare_tensors, read_params
 
 __all__ = ["EMBEDDED", "from_pretrained", "load_tokenizer", "save_pretrained"]
 
@@ -36,7 +37,8 @@ def from_pretrained(name, *, revision=None, dtype=jnp.float32, cache_dir=None):
     dtype: float32, bfloat16 or float16, of the matrices and of the products with them; norms, the
         Δ bias, A_log and D stay float32.
 
-    Every tensor is accounted for. Raises FileNotFoundError for an absent folder, repository or
+    Every tensor is accounted for. NaN or infinity in the weights is loaded, with a warning that
+    names the tensor. Raises FileNotFoundError for an absent folder, repository or
     file; ConnectionError without a network; PermissionError for a gated repository; and ValueError
     (CheckpointError) for a file that is broken, or is another model than ours.
     """
@@ -49,7 +51,7 @@ def from_pretrained(name, *, revision=None, dtype=jnp.float32, cache_dir=None):
     if weights.name.endswith(".index.json"):
         for shard in shard_names(weights):
             source.require(shard)
-    return Mamba(config), _read_params(weights, config)
+    return Mamba(config), read_params(weights, config)
 
 
 def save_pretrained(model, params, folder):
@@ -63,7 +65,7 @@ def save_pretrained(model, params, folder):
     weights in another form, which would then contradict the new ones.
     """
     rows, flat = tensor_table(model.config), flatten_dict(params, sep=".")
-    _compare(
+    compare_tensors(
         "params",
         {row.path: row.our_shape for row in rows},
         {path: (np.shape(leaf), jnp.result_type(leaf)) for path, leaf in flat.items()},
@@ -97,6 +99,17 @@ def save_pretrained(model, params, folder):
             part.unlink(missing_ok=True)
 
 
+def _to_disk(path):
+    """Wait until the file, or the folder's list of names, has reached the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open a folder
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def load_tokenizer(name, revision=None, cache_dir=None):
     """Load the tokenizer of a local folder or hub repository -> ``tokenizers.Tokenizer``.
 
@@ -121,85 +134,6 @@ def load_tokenizer(name, revision=None, cache_dir=None):
 
 Mamba.from_pretrained = staticmethod(from_pretrained)
 Mamba.save_pretrained = save_pretrained
-
-
-# ------------------------------------------------------------------------ tensors -> parameters
-
-
-def _read_params(path, config):
-    """Read every tensor of the table from the weights at ``path`` -> nested dict of parameters."""
-    tensors = read_tensors(path)
-    if config.n_layer > len(tensors):  # before we build a table of that many rows
-        raise CheckpointError(
-            f"{path}: holds {len(tensors)} tensors, too few for the {config.n_layer} layers that "
-            f"{CONFIG} announces"
-        )
-    scheme = "embeddings" if "backbone.embeddings.weight" in tensors else "embedding"
-    rows = tensor_table(config, scheme)
-    head = tensors.pop("lm_head.weight", None) if config.tie_embeddings else None
-    _compare(
-        path,
-        {row.name: row.shape for row in rows},
-        {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()},
-    )
-    if head is not None:
-        _check_tied(path, head, tensors[rows[0].name])
-    params = {}
-    for row in rows:
-        values = tensors[row.name].read()
-        if row.transpose:
-            values = values.reshape(row.shape[0], row.shape[-1]).T
-        dtype = jnp.float32 if row.float32 else config.dtype
-        values = np.asarray(values, jnp.dtype(dtype), order="C")
-        # A copy of our own: the file may be mapped into memory, and may change or go away.
-        params[row.path] = jnp.array(values)
-    return unflatten_dict(params, sep=".")
-
-
-def _compare(where, expected, found):
-    """Compare names, shapes and kinds of tensors; the error lists all that is wrong."""
-    wrong = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]
-    for name, (shape, dtype) in found.items():
-        if name not in expected:
-            wrong.append(f"unexpected: {name} {shape}")
-        elif shape != expected[name]:
-            wrong.append(f"wrong shape: {name}: expected {expected[name]}, found {shape}")
-        elif not jnp.issubdtype(dtype, jnp.floating):
-            wrong.append(f"wrong dtype: {name}: expected floating point, found {dtype}")
-    if wrong:
-        lines = "\n  ".join(wrong)
-        raise CheckpointError(f"{where}: not the tensors that the configuration needs\n  {lines}")
-
-
-def _check_tied(path, head, embedding):
-    """A tied checkpoint may repeat the embedding as its head; with another head it is ambiguous.
-
-    Tied is what the original code and transformers both assume when a configuration is silent, so
-    we assume it too, and do not guess from the weights which of the two was meant.
-    """
-    if head.shape != embedding.shape or not _equal(head.read(), embedding.read()):
-        raise CheckpointError(
-            f"{path}: lm_head.weight differs from the embedding, but {CONFIG} ties the two (as it "
-            "does when it says nothing). If the head is meant to be separate, set tie_embeddings "
-            "(in transformers' naming tie_word_embeddings) to false there"
-        )
-
-
-def _equal(a, b, rows=1024):
-    """Whether two large arrays hold the same numbers; in pieces, so that no third one is made."""
-    pieces = (slice(start, start + rows) for start in range(0, len(a), rows))
-    return all(np.array_equal(a[piece], b[piece], equal_nan=True) for piece in pieces)
-
-
-def _to_disk(path):
-    """Wait until the file, or the folder's list of names, has reached the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open a folder
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ------------------------------------------------------------------------ folder or hub

@@ -10,48 +10,33 @@ Sources: Python's ``pickletools`` (what each opcode does) and ``zipfile``; PyTor
 serialization.
 """
 
-import io
 import math
+import os
 import pickletools
-import struct
-import zipfile
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-__all__ = ["CheckpointError", "Tensor", "read_bin"]
+from mamba.tensors import MAX_METADATA, CheckpointError, Tensor, on_disk, quote
+from mamba.torch_zip import zip_members
 
-# A state dict of a thousand tensors pickles to 250 kB; its zip directory is smaller still. What is
-# larger than this is no state dict, and would only make us allocate.
-MAX_METADATA = 16 * 2**20
-MAX_DIMS = 8
+__all__ = ["read_bin"]
 
+# A tensor takes about 40 opcodes. One opcode of a hostile file makes us keep about 100 bytes, so
+# this bounds the memory that a file can cost before it is refused, to some 50 MB.
+MAX_OPCODES = 500_000
 
-class CheckpointError(ValueError):
-    """A file is not what a checkpoint must be. The message names the file and what is wrong."""
-
-
-class Tensor(NamedTuple):
-    """A tensor still on disk. ``read()`` -> its numbers, perhaps a read-only view of the file."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[], np.ndarray]
-
-
-def quote(name):
-    """A name from a file, for an error message: however long, the message stays readable."""
-    return repr(name if len(name) <= 100 else name[:100] + "…")
+# How torch.save began its files before version 1.6 (protocol 2, then a magic number).
+_LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 
 
 def read_bin(path):
     """Open a file written by ``torch.save(model.state_dict(), path)`` -> {name: Tensor}.
 
     Shapes and dtypes are known at once; each tensor's numbers are read when asked for. Raises
-    CheckpointError for anything but a dict of tensors, FileNotFoundError for an absent file.
+    CheckpointError for anything but a dict of tensors, or for tensors that take more than twice the
+    file's size (they may share their numbers); FileNotFoundError for an absent file.
     """
     with open(path, "rb") as file:
         if file.read(len(_LEGACY_START)) == _LEGACY_START:
@@ -59,7 +44,7 @@ def read_bin(path):
                 f"{path}: PyTorch's format from before version 1.6. Convert it where PyTorch is "
                 "installed: torch.save(torch.load(file, weights_only=True), file)"
             )
-    members = _zip_members(path)
+    members = zip_members(path)
     pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise CheckpointError(f"{path}: expected one */data.pkl inside, found {len(pickles)}")
@@ -75,60 +60,18 @@ def read_bin(path):
 
     if prefix + "byteorder" in members and small(prefix + "byteorder") != b"little":
         raise CheckpointError(f"{path}: big-endian numbers; only little-endian files are supported")
-    storages = {name.removeprefix(prefix + "data/"): span for name, span in members.items()}
-    return _StateDict(path, storages).interpret(small(pickles[0]))
-
-
-# ------------------------------------------------------------------------------- the zip archive
-
-# How torch.save began its files before version 1.6 (protocol 2, then a magic number).
-_LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
-
-
-class _ShortReads(io.FileIO):
-    """A file for ``zipfile`` that refuses to read a directory of absurd size in one piece."""
-
-    def read(self, size=-1):
-        if size > MAX_METADATA:
-            raise CheckpointError(f"its directory has {size} bytes, more than any state dict's")
-        return super().read(size)
-
-
-def _zip_members(path):
-    """Members of a zip archive -> {name: (offset, size)}: stored plain, disjoint, in the file."""
-    spans, members = [], {}
-    with _ShortReads(path) as file:
-        try:
-            infos = zipfile.ZipFile(file).infolist()
-        except Exception as error:  # zipfile meets broken input with exceptions of many kinds
-            raise CheckpointError(f"{path}: not a PyTorch file (a zip archive): {error}") from error
-        total = file.seek(0, io.SEEK_END)
-        for info in infos:
-            name, size, start = info.filename, info.file_size, info.header_offset
-            told = f"{path}: member {quote(name)}"
-            plain = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1
-            if not plain or size != info.compress_size:
-                raise CheckpointError(f"{told} is compressed or encrypted; PyTorch does neither")
-            if name in members:
-                raise CheckpointError(f"{told} occurs twice")
-            # The directory gives the place of the member's own header, which ends with the lengths
-            # of two fields of variable size; the data come after those.
-            header = b""
-            if 0 <= start <= total - 30:
-                file.seek(start)
-                header = file.read(30)
-            if header[:4] != b"PK\3\4":
-                raise CheckpointError(f"{told} is not where the archive's directory says")
-            offset = start + 30 + sum(struct.unpack("<HH", header[26:30]))
-            if offset + size > total:
-                raise CheckpointError(f"{told} reaches beyond the end of the file: truncated?")
-            spans.append((start, offset + size, name))
-            members[name] = (offset, size)
-    spans.sort()
-    for (_, end, first), (start, _, second) in zip(spans, spans[1:], strict=False):
-        if end > start:
-            raise CheckpointError(f"{path}: members {quote(first)} and {quote(second)} overlap")
-    return members
+    data = prefix + "data/"
+    storages = {name[len(data) :]: at for name, at in members.items() if name.startswith(data)}
+    tensors = _StateDict(path, storages).interpret(small(pickles[0]))
+    # Tensors may share a storage, as a tied head does. Without a limit, a small file could become
+    # a thousand layers that all share one.
+    total, size = sum(tensor.nbytes for tensor in tensors.values()), os.path.getsize(path)
+    if total > 2 * size:
+        raise CheckpointError(
+            f"{path}: its tensors share their numbers so often that they take {total} bytes, "
+            f"more than twice the file's {size}"
+        )
+    return tensors
 
 
 # ------------------------------------------------------------------- the pickle, read as data
@@ -163,7 +106,7 @@ class _Symbol(NamedTuple):
 
 class _Storage(NamedTuple):
     dtype: np.dtype
-    offset: int  # bytes, in the file
+    start: int  # bytes, in the file
     count: int  # elements
 
 
@@ -184,13 +127,16 @@ class _StateDict:
     def interpret(self, data):
         """The bytes of data.pkl -> {name: Tensor}."""
         try:
-            for opcode, argument, _ in pickletools.genops(data):
+            for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+                if count >= MAX_OPCODES:
+                    self.fail(f"more than {MAX_OPCODES} opcodes: no state dict has so many")
                 self.step(opcode.name, argument)
             result = self.pop(dict, "the result")
         except CheckpointError:
             raise
-        except (ValueError, IndexError) as error:  # from genops, or an empty stack
-            self.fail(f"broken pickle: {error}")
+        # from genops, also of an odd text where warnings are errors; or from an empty stack
+        except (ValueError, IndexError, Warning) as error:
+            self.fail(f"broken pickle: {str(error)[:300]}")
         if self.stack:
             self.fail("broken pickle: more than one result")
         for name, value in result.items():
@@ -294,7 +240,9 @@ class _StateDict:
             self.fail(f"storage {quote(key)} has no file in the archive, or no known type")
         dtype, (offset, size) = np.dtype(_STORAGE_DTYPES[symbol.name]), self.storages[key]
         if count < 0 or count * dtype.itemsize != size:
-            self.fail(f"storage {quote(key)}: {count} × {dtype} do not make its {size} bytes")
+            self.fail(
+                f"storage {quote(key)}: {quote(count)} × {dtype} do not make its {size} bytes"
+            )
         return _Storage(dtype, offset, count)
 
     def build(self, function, arguments):
@@ -312,23 +260,20 @@ class _StateDict:
         """A view of a storage: all that it can reach lies inside, and it is not larger than it."""
         if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides):
             self.fail("a tensor's shape and strides must be tuples of one length")
-        if len(shape) > MAX_DIMS:
-            self.fail(f"a tensor has {len(shape)} dimensions; at most {MAX_DIMS} are supported")
         if any(type(n) is not int or n < 0 for n in (offset, *shape, *strides)):
             self.fail("a tensor's offset, shape and strides must be non-negative integers")
         # A stride along an axis of length 1 is never taken, and PyTorch writes anything there.
         strides = tuple(s if n > 1 else 0 for n, s in zip(shape, strides, strict=True))
         last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-        count = math.prod(shape)
-        if count and (last >= storage.count or count > storage.count):
-            self.fail(f"a tensor of shape {shape} reaches outside its {storage.count} numbers")
-        read = partial(_read_view, self.path, storage, offset, shape, strides)
-        return Tensor(shape, storage.dtype, read)
-
-
-def _read_view(path, storage, offset, shape, strides):
-    if 0 in shape:
-        return np.zeros(shape, storage.dtype)
-    data = np.memmap(path, storage.dtype, "r", storage.offset, (storage.count,))
-    strides = [stride * storage.dtype.itemsize for stride in strides]
-    return np.lib.stride_tricks.as_strided(data[offset:], shape, strides, writeable=False)
+        tensor = on_disk(
+            self.path,
+            storage.dtype,
+            storage.start + offset * storage.dtype.itemsize,
+            shape,
+            strides,
+        )
+        if 0 not in shape and (last >= storage.count or math.prod(shape) > storage.count):
+            self.fail(
+                f"a tensor of shape {quote(shape)} reaches outside its {storage.count} numbers"
+            )
+        return tensor
