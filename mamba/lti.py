@@ -33,6 +33,7 @@ def exact_solution(A, B, x, delta, t, h0=None):
     A: (n, n), B: (n,), x: (l,), delta: scalar, t: (m,) in the unit of delta, any order, t ≥ 0;
     h0: (n,), zeros if None -> h: (m, n). The last value of x switches off at l·Δ.
     """
+    _check_system(A, B=B, h0=h0)
     n, l = A.shape[0], x.shape[0]
     augmented = jnp.zeros((n + 1, n + 1), A.dtype).at[:n, :n].set(A).at[:n, n].set(B)
 
@@ -56,6 +57,7 @@ def impulse_response(A, B, C, t):
     A: (n, n), B, C: (n,), t: (m,) -> (m,). Its timescales are −1 / Re(eigenvalues of A). By
     linearity y(t) = ∫ K(s) x(t − s) ds + D x(t): it is all there is to know about the system.
     """
+    _check_system(A, B=B, C=C)
     return jax.vmap(lambda tau: C @ expm(tau * A) @ B)(t)  # (m,)
 
 
@@ -67,6 +69,7 @@ def recurrence(A_bar, B_bar, C, D, x, h0=None):
     A_bar: (n, n), B_bar, C: (n,), D: scalar, x: (l,), h0: (n,), zeros if None
     -> y: (l,), h: (l, n). O(l) steps, O(1) memory besides the outputs: the way to generate.
     """
+    _check_system(A_bar, B_bar=B_bar, C=C, h0=h0)
     h0 = jnp.zeros_like(B_bar) if h0 is None else h0
 
     def step(h, x_t):
@@ -83,6 +86,7 @@ def convolution_kernel(A_bar, B_bar, C, l):
     A_bar: (n, n), B_bar, C: (n,) -> (l,). Unrolling the recurrence from h = 0 gives
     y_t = Σ_k K_k x_{t−k} + D x_t: the same weights at every t, because nothing depends on t.
     """
+    _check_system(A_bar, B_bar=B_bar, C=C)
 
     def step(v, _):
         return A_bar @ v, C @ v
@@ -103,3 +107,12 @@ def causal_convolution(x, K, D):
         raise ValueError(f"expected a kernel as long as the input, got {K.shape} and {x.shape}")
     spectrum = jnp.fft.rfft(x, 2 * l) * jnp.fft.rfft(K, 2 * l)  # (l + 1,)
     return jnp.fft.irfft(spectrum, 2 * l)[:l] + D * x  # (l,)
+
+
+def _check_system(A, **vectors):
+    """A diagonal given as (n,) would broadcast, and give wrong numbers rather than an error."""
+    if A.ndim != 2 or A.shape[0] != A.shape[1]:
+        raise ValueError(f"A must be a square matrix (n, n), got {A.shape}: a diagonal, as diag(A)")
+    for name, v in vectors.items():
+        if v is not None and v.shape != A.shape[:1]:
+            raise ValueError(f"{name} must have shape {A.shape[:1]} to fit A, got {v.shape}")

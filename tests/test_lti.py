@@ -251,3 +251,23 @@ def test_gradient_of_the_recurrence_in_h0(double):
     x = jnp.asarray(tokens(6))
     gradient = jax.grad(lambda h0: recurrence(A_bar, B_bar, C, D, x, h0)[0][-1])(h0)
     assert relative_error(gradient, C @ np.linalg.matrix_power(A_bar, 6)) < 1e-11
+
+
+def test_systems_that_do_not_fit_are_refused_by_name():
+    A, B, C, x, t = jnp.eye(3), jnp.ones(3), jnp.ones(3), jnp.ones(5), jnp.ones(2)
+    two = jnp.ones(2)
+    for call in (
+        lambda A, B: exact_solution(A, B, x, 0.1, t),
+        lambda A, B: impulse_response(A, B, C, t),
+        lambda A, B: recurrence(A, B, C, 0.0, x),
+        lambda A, B: convolution_kernel(A, B, C, 5),
+    ):
+        call(A, B)
+        with pytest.raises(ValueError, match=r"square matrix \(n, n\), got \(3,\)"):
+            call(B, B)  # a diagonal
+        with pytest.raises(ValueError, match=r"B\w* must have shape \(3,\) to fit A, got \(2,\)"):
+            call(A, two)
+    with pytest.raises(ValueError, match="C must have shape"):
+        recurrence(A, B, two, 0.0, x)
+    with pytest.raises(ValueError, match="h0 must have shape"):
+        exact_solution(A, B, x, 0.1, t, h0=two)

@@ -142,7 +142,7 @@ def test_gradients_agree_with_float64(method, l):
 @pytest.mark.parametrize("method", IN_CHUNKS)
 def test_backward_pass_keeps_no_state_per_step(method):
     """Nothing that the forward pass leaves for the backward pass has the size of all states."""
-    b, l, d, n = 2, 640, 8, 16
+    b, l, d, n = 2, 640, 24, 16
     inputs = as_float32(random_inputs(b, l, d, n))
     _, pull = jax.vjp(lambda v: selective_scan(**v, method=method), inputs)
     assert max(leaf.size for leaf in jax.tree.leaves(pull)) == b * l * d  # (l / 16) · n = l
