@@ -273,6 +273,82 @@ def test_a_row_without_new_tokens_keeps_its_state():
         assert (before[0] == now[0]).all() and (before[1] != now[1]).any()
 
 
+# --- packed rows --------------------------------------------------------------------------------
+
+# Three rows of nine tokens: pieces around the conv's width, one that starts at the first token.
+RESETS = np.zeros((3, 9), bool)
+RESETS[0, [0, 2, 3, 7]] = RESETS[1, [5]] = RESETS[2, [1, 2, 3, 4]] = True
+
+
+def pieces(row, end):
+    """-> [(first, last + 1), ...] within the first `end` tokens of one row of resets."""
+    edges = sorted({0, *np.flatnonzero(row[:end]), end})
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def model_with_resets(config):
+    model = Mamba(config)
+    return jax.jit(
+        lambda params, tokens, resets, state=None, lengths=None: model.apply(
+            {"params": params}, tokens, state, lengths, resets
+        )
+    )
+
+
+@pytest.mark.parametrize("name", ["default", "d_conv=1", "d_conv=2"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_packed_pieces_are_the_pieces_apart(name, padded):
+    """Logits and next state, from the beginning and then going on from that state."""
+    config = CONFIGS[name]
+    model, params = make(config)
+    lengths = np.array([9, 6, 4]) if padded else np.full(3, 9)
+    state = model.initial_state(3)
+    for seed in (3, 4):
+        tokens = random_tokens(config, 3, 9, seed)
+        logits, end = model_with_resets(config)(
+            params, tokens, RESETS, state, jnp.asarray(lengths) if padded else None
+        )
+        for i, l in enumerate(lengths):
+            row = lambda tree, i=i: jax.tree.map(lambda v: v[i : i + 1], tree)  # noqa: E731
+            for first, last in pieces(RESETS[i], l):
+                start = model.initial_state(1) if RESETS[i, first] else row(state)
+                alone = compiled(config)(params, row(tokens)[:, first:last], start)
+                assert_close(row(logits)[:, first:last], alone[0], 1e-5)
+            assert_close(row(end), alone[1], 1e-5)
+        state = end
+
+
+def test_packed_pieces_without_a_state_and_for_last_logits():
+    model, params = make(SMALL)
+    tokens, state = random_tokens(SMALL, 3, 9), model.initial_state(3)
+    logits, end = model_with_resets(SMALL)(params, tokens, RESETS, state)
+    assert_close(model_with_resets(SMALL)(params, tokens, RESETS), logits, 1e-6)
+    last = model.apply({"params": params}, tokens, state, resets=RESETS, method="last_logits")
+    assert_close(last, (logits[:, -1], end), 1e-5)
+
+
+def test_no_gradient_crosses_a_reset():
+    """Exactly zero in the block's input, and nothing that comes before changes what comes after."""
+    _, params = make(SMALL)
+    p = params["layers_0"]["mixer"]
+    u = jnp.float32(np.random.default_rng(0).normal(size=(2, 9, SMALL.d_model)))
+    resets = np.zeros((2, 9), bool)
+    resets[:, 4] = True
+    block = lambda u: MambaBlock(SMALL).apply({"params": p}, u, resets=resets)  # noqa: E731
+    y, pull = jax.vjp(block, u)
+    gradient = pull(jnp.ones_like(y).at[:, :4].set(0))[0]
+    assert not gradient[:, :4].any() and (gradient[:, 4:] != 0).any(axis=2).all()
+    assert (block(u.at[:, :4].add(1.0))[:, 4:] == y[:, 4:]).all()
+
+
+def test_bad_resets():
+    model, params = make(SMALL)
+    tokens = random_tokens(SMALL, 2, 9)
+    for resets in (np.zeros((2, 8), bool), np.zeros(9, bool), np.zeros((2, 9), np.int32)):
+        with pytest.raises(ValueError, match=r"resets must be bool of shape \(b, l\) = \(2, 9\)"):
+            model.apply({"params": params}, tokens, resets=resets)
+
+
 # --- dtypes -------------------------------------------------------------------------------------
 
 

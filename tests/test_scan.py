@@ -142,10 +142,10 @@ def test_gradients_agree_with_float64(method, l):
 @pytest.mark.parametrize("method", IN_CHUNKS)
 def test_backward_pass_keeps_no_state_per_step(method):
     """Nothing that the forward pass leaves for the backward pass has the size of all states."""
-    b, l, d, n = 2, 640, 24, 16
+    b, l, d, n = 2, 640, 16, 16
     inputs = as_float32(random_inputs(b, l, d, n))
     _, pull = jax.vjp(lambda v: selective_scan(**v, method=method), inputs)
-    assert max(leaf.size for leaf in jax.tree.leaves(pull)) == b * l * d  # (l / 16) · n = l
+    assert max(leaf.size for leaf in jax.tree.leaves(pull)) == b * l * d
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -267,15 +267,16 @@ def test_dtypes(method):
     assert y.dtype == jnp.bfloat16 and h.dtype == jnp.float32
     exact, _ = selective_scan_loop(**{k: np.asarray(v, np.float64) for k, v in inputs.items()})
     assert relative_error(y, exact) < 2**-8  # only the output was rounded
-    grads = jax.grad(lambda v: selective_scan(**v, method=method).astype(jnp.float32).sum())(inputs)
+    loss = lambda v: selective_scan(**v, method=method).astype(jnp.float32).sum()  # noqa: E731
+    grads = jax.eval_shape(jax.grad(loss), inputs)
     assert all(grads[k].dtype == jnp.bfloat16 for k in NAMES)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_float32_inside_whatever_the_default(method, double):
     inputs = {k: jnp.asarray(v) for k, v in random_inputs(1, 5, 2, 3).items()}
-    y, h = selective_scan(**inputs, method=method, return_state=True)
-    grads = jax.grad(lambda v: selective_scan(**v, method=method).sum())(inputs)
+    y, h = jax.eval_shape(partial(selective_scan, method=method, return_state=True), **inputs)
+    grads = jax.eval_shape(jax.grad(lambda v: selective_scan(**v, method=method).sum()), inputs)
     assert y.dtype == jnp.float64 and h.dtype == jnp.float32
     assert all(grads[k].dtype == jnp.float64 for k in NAMES)
 
@@ -289,7 +290,8 @@ def test_transformations(method):
     stacked = jax.tree.map(lambda v: jnp.stack([v, 0.5 * v]), inputs)
     assert relative_error(jax.vmap(f)(stacked)[0], y) < 1e-6
     loss = lambda v: jnp.sum(f(v) ** 2)  # noqa: E731
-    plain, checkpointed = jax.grad(loss)(inputs), jax.grad(jax.checkpoint(loss))(inputs)
+    both = jax.jit(lambda v: (jax.grad(loss)(v), jax.grad(jax.checkpoint(loss))(v)))
+    plain, checkpointed = both(inputs)
     assert all(relative_error(checkpointed[k], plain[k]) < 1e-6 for k in NAMES)
 
 
