@@ -87,7 +87,8 @@ def frames(draw, controls, alt, start=None):
     places = itertools.product(*(range(len(values)) for values in controls.values()))
     for k, place in enumerate(places):
         chosen = "".join(f":has(#ID-{c}-{v}:checked)" for c, v in enumerate(place))
-        rules.append(f"#ID{chosen} .f{k} {{display: inline}}")
+        # Important, because Bootstrap's own rule for what is hidden is.
+        rules.append(f"#ID{chosen} .f{k} {{display: inline !important}}")
     said = "".join(
         f'<span class="f f{k}"{"" if choice == start else " hidden"}>{html.escape(note)}</span>'
         for k, (choice, note) in enumerate(zip(choices, notes, strict=True))
