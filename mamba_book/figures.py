@@ -74,20 +74,29 @@ def figure(fig, alt):
     """
     if not alt.strip():
         raise ValueError("a figure needs alt text: say what is to be seen in it")
+    svg = draw_svg(fig)
+    prefix = "f" + hashlib.sha256(svg.encode()).hexdigest()[:8] + "-"
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", svg)
+    display({"text/html": describe_svg(svg, alt), "text/plain": f"figure: {alt}"}, raw=True)
+
+
+def draw_svg(fig):
+    """The figure as SVG that takes the colour of the page's text; closes the figure."""
     buffer = io.StringIO()
     fig.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     plt.close(fig)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]  # without the XML prolog
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = svg.replace(_INK, "currentColor").replace("#000000", "currentColor")
-    prefix = "f" + hashlib.sha256(svg.encode()).hexdigest()[:8] + "-"
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", svg)
+    return svg.replace(_INK, "currentColor").replace("#000000", "currentColor").rstrip()
+
+
+def describe_svg(svg, alt):
+    """The SVG as an image that ``alt`` describes, as wide as its column up to its natural size."""
     width = float(re.search(r'width="([\d.]+)pt"', svg)[1]) * 4 / 3  # pt -> CSS px
     attributes = (
         f'class="book-figure" role="img" aria-label="{html.escape(alt)}" '
         f'fill="currentColor" style="width: 100%; max-width: {width:.0f}px; height: auto"'
     )
-    svg = re.sub(r' width="[\d.]+pt"| height="[\d.]+pt"', "", svg, count=2)
-    svg = svg.replace("<svg ", f"<svg {attributes} ", 1)
-    display({"text/html": svg.rstrip(), "text/plain": f"figure: {alt}"}, raw=True)
+    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
+    return svg.replace("<svg ", f"<svg {attributes} ", 1)
