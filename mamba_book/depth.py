@@ -35,6 +35,9 @@ ELEMENTWISE = {
     *("lt", "max", "min", "mul", "ne", "neg", "not", "or", "pow", "rem", "round", "rsqrt", "sign"),
     *("sin", "sqrt", "square", "sub", "tanh", "xor"),
 }
+# Of these only a part of the array moves: their result (-1), or the operand of this number.
+PARTS = {"dynamic_slice": -1, "gather": -1, "slice": -1}
+PARTS |= {"dynamic_update_slice": 1, "scatter": 2, "scatter-add": 2}
 REDUCTIONS = {"argmax", "argmin"} | {f"reduce_{name}" for name in ("max", "min", "prod", "sum")}
 CUMULATIVE = {"cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum"}
 
@@ -68,8 +71,8 @@ def bytes_moved(fn, *args, on_chip=2**20):
 
     Arrays of at most ``on_chip`` bytes stay on the chip and cost nothing; larger ones are read by
     every operation that uses them and written by the one that makes them. Reshaping and
-    broadcasting are free. A compiler that fuses operations moves less: this is what the program
-    asks for, not what is measured.
+    broadcasting are free, and of an array that is sliced or updated in part only that part moves.
+    A compiler that fuses operations moves less: this is what the program asks for.
     """
     base = {}  # of a view: the bytes of what it views
 
@@ -84,7 +87,10 @@ def bytes_moved(fn, *args, on_chip=2**20):
             base.update(dict.fromkeys(eqn.outvars, size(eqn.invars[0])))
             return 0
         reads, writes = eqn.invars, eqn.outvars
-        if name == "scan":  # the body counts its own; here, a slice in and a slice out per step
+        if name in PARTS:
+            part = (reads + writes)[PARTS[name]]
+            reads, writes = [part] * any(map(size, reads)), [part]
+        elif name == "scan":  # the body counts its own; here, a slice in and a slice out per step
             p = eqn.params
             reads, writes = reads[p["num_consts"] + p["num_carry"] :], writes[p["num_carry"] :]
         elif _bodies(eqn):

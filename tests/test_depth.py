@@ -188,6 +188,12 @@ def test_bytes_moved():
     assert move(lambda a: a.reshape(-1), big) == 0
     assert move(lambda a: a.T, big) == 2 * size
     assert move(lambda a: jax.jit(jnp.exp)(a), big) == 2 * size
+    assert move(lambda a: a[:512], big) == 0  # 1 MiB: it fits
+    assert move(lambda a: a[:768], big) == 2 * 3 / 4 * size
+    assert move(lambda a: a.at[0].add(1.0), big) == 0
+    assert move(lambda a, b: lax.dynamic_update_slice(a, b, (0, 0)), big, floats(768, 512)) == (
+        2 * 3 / 4 * size
+    )
     assert bytes_moved(lambda v: v * v, vector, on_chip=0) == 3 * 4 * 512
 
 
