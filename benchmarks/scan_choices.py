@@ -1,0 +1,133 @@
+"""What three choices inside the selective scan are worth: layout, contraction, length of a chunk.
+
+    python benchmarks/scan_choices.py            # one layer of the 130m model, about two minutes
+    python benchmarks/scan_choices.py --quick    # a small shape, to see that it runs
+
+Layout: the recurrence through one `lax.scan`, forward, with the state as (b, d, n) or (b, n, d) and
+the sum over n as an `einsum` or as `.sum()`. Chunk: selective_scan's own "sequential" and "chunked"
+with chunks of other lengths than theirs, forward and forward + backward, time and memory.
+Writes benchmarks/results/scan_choices.json, and the same to mamba_book/data for the chapter on
+hardware; after a new measurement run that chapter again: make chapter N=9.
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from machine import describe_run
+
+from mamba import scan, selective_scan
+
+ROOT = Path(__file__).resolve().parents[1]
+WRITTEN = [ROOT / path for path in ("benchmarks/results", "mamba_book/data")]
+LAYER, QUICK = (1, 2048, 1536, 16), (1, 128, 64, 16)  # (b, l, d, n)
+SECONDS = 2.0  # repeat a point for about so long, at least 3 and at most 30 times
+
+
+def loop(x, delta, A, B, C, D, *, channels_last, contraction):
+    """The recurrence through one `lax.scan`, in either layout."""
+    b, _, d = x.shape
+    states = "bnd" if channels_last else "bdn"
+    axis = states.index("n")
+    A = A.T if channels_last else A
+
+    def step(h, inputs):
+        x_t, delta_t, B_t, C_t = inputs
+        over_states = (lambda v: v[:, None]) if channels_last else (lambda v: v[..., None])
+        over_channels = (lambda v: v[..., None]) if channels_last else (lambda v: v[:, None])
+        h = jnp.exp(over_states(delta_t) * A) * h + over_states(delta_t * x_t) * over_channels(B_t)
+        if contraction == "einsum":
+            return h, jnp.einsum(f"{states},bn->bd", h, C_t)
+        return h, (h * over_channels(C_t)).sum(axis)
+
+    _, y = jax.lax.scan(
+        step, jnp.zeros((b, *A.shape)), tuple(v.swapaxes(0, 1) for v in (x, delta, B, C))
+    )
+    return y.swapaxes(0, 1) + D * x  # (b, l, d)
+
+
+def random_inputs(b, l, d, n):
+    rng = np.random.default_rng(0)
+    delta = np.exp(rng.uniform(np.log(1e-3), np.log(0.1), (b, l, d)))
+    A = -np.tile(np.arange(1.0, n + 1), (d, 1))
+    x, B, C, D = (rng.normal(size=s) for s in ((b, l, d), (b, l, n), (b, l, n), (d,)))
+    return tuple(jnp.asarray(v, jnp.float32) for v in (x, delta, A, B, C, D))
+
+
+def measure(function, inputs):
+    """-> best and median time of several runs (ms), and the compiled program's memory (bytes)."""
+    compiled = jax.jit(function).lower(*inputs).compile()
+    plan = compiled.memory_analysis()
+    start = time.perf_counter()
+    jax.block_until_ready(compiled(*inputs))
+    first, times = time.perf_counter() - start, []
+    for _ in range(max(3, min(30, int(SECONDS / first)))):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*inputs))
+        times.append(time.perf_counter() - start)
+    return {
+        "min_ms": round(1e3 * min(times), 2),
+        "median_ms": round(1e3 * float(np.median(times)), 2),
+        "runs": len(times),
+        "program_bytes": plan.temp_size_in_bytes + plan.output_size_in_bytes,
+    }
+
+
+def with_gradients(function):
+    return jax.value_and_grad(lambda *inputs: (function(*inputs) ** 2).sum(), argnums=range(6))
+
+
+def points(quick):
+    """(what it is, the function) for every point, neighbours in time where they are compared."""
+    for channels_last in (False, True):
+        for contraction in ("einsum", "sum"):
+            options = {"channels_last": channels_last, "contraction": contraction}
+            yield {"choice": "layout", **options}, lambda *v, o=options: loop(*v, **o)
+    for method in ("sequential", "chunked"):
+        for chunk in (8, 16) if quick else (4, 8, 16, 32, 64, 128, 256):
+
+            def run(*v, method=method):
+                return selective_scan(*v, method=method)
+
+            yield {"choice": "chunk", "method": method, "chunk": chunk, "pass": "forward"}, run
+            both = {"choice": "chunk", "method": method, "chunk": chunk, "pass": "forward+backward"}
+            yield both, with_gradients(run)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a small shape, writes nothing")
+    parser.add_argument("--note", default="", help="what else ran on the machine meanwhile")
+    args = parser.parse_args()
+    load = [round(os.getloadavg()[0], 1)]
+    inputs = jax.block_until_ready(random_inputs(*(QUICK if args.quick else LAYER)))
+    results = []
+    for what, function in points(args.quick):
+        if "chunk" in what:  # read while tracing
+            _, *functions = scan._CHUNKS[what["method"]]
+            scan._CHUNKS[what["method"]] = (what["chunk"], *functions)
+        results.append(what | measure(function, inputs))
+        print(results[-1], flush=True)
+    if args.quick:
+        return
+    load.append(round(os.getloadavg()[0], 1))
+    report = describe_run() | {
+        "device": "CPU only; nothing here was measured on a GPU or TPU",
+        "note": args.note,
+        "load_average_before_and_after": load,
+        **dict(zip("bldn", LAYER)),
+    }
+    head = json.dumps(report, indent=1)
+    rows = ",\n".join("  " + json.dumps(r) for r in results)
+    for folder in WRITTEN:
+        text = head[:-2] + ',\n "results": [\n' + rows + "\n ]\n}\n"
+        (folder / "scan_choices.json").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
