@@ -1,13 +1,15 @@
-"""What three choices inside the selective scan are worth: layout, contraction, length of a chunk.
+"""What the machine can do, and what three choices inside the selective scan are worth on it.
 
-    python benchmarks/scan_choices.py            # one layer of the 130m model, about two minutes
-    python benchmarks/scan_choices.py --quick    # a small shape, to see that it runs
+    python benchmarks/hardware.py            # one layer of the 130m model, about two minutes
+    python benchmarks/hardware.py --quick    # a small shape, to see that it runs
 
-Layout: the recurrence through one `lax.scan`, forward, with the state as (b, d, n) or (b, n, d) and
-the sum over n as an `einsum` or as `.sum()`. Chunk: selective_scan's own "sequential" and "chunked"
-with chunks of other lengths than theirs, forward and forward + backward, time and memory.
-Writes benchmarks/results/scan_choices.json, and the same to mamba_book/data for the chapter on
-hardware; after a new measurement run that chapter again: make chapter N=9.
+Ceilings: bytes read per second (a matrix times a vector, 512 MiB), and exponentials per second
+(those of the layer, contracted at once and never stored). Layout: the recurrence through one
+`lax.scan`, forward, with the state as (b, d, n) or (b, n, d) and the sum over n as an `einsum` or
+as `.sum()`. Chunk: "sequential" and "chunked" with chunks of other lengths than their own, forward
+and forward + backward, time and memory. Writes benchmarks/results/hardware.json, and the same to
+mamba_book/data for the chapter on hardware; after a new measurement run that chapter again:
+make chapter N=9.
 """
 
 import argparse
@@ -78,12 +80,43 @@ def measure(function, inputs):
     }
 
 
+def exponentials(x, delta, A, B, C, D):
+    """exp(Δ_t A) contracted with C_t, step by step: what any scan computes, less the recurrence."""
+
+    def step(_, inputs):
+        delta_t, C_t = inputs
+        return None, jnp.einsum("bnd,bn->bd", jnp.exp(delta_t[:, None] * A.T), C_t)
+
+    return jax.lax.scan(step, None, (delta.swapaxes(0, 1), C.swapaxes(0, 1)))[1]
+
+
+def ceilings(inputs, quick):
+    """-> one row each for memory and exponentials, with what was reached per second."""
+    side = 1024 if quick else 11585  # squared: 512 MiB of float32
+    matrix, vector = jnp.ones((side, side)), jnp.ones(side)
+    row = measure(jnp.matmul, (matrix, vector))
+    reached = {"bytes_per_s": round(matrix.nbytes / row["min_ms"] * 1e3)}
+    yield {"choice": "ceiling", "of": "memory read"} | row | reached
+    row = measure(exponentials, inputs)
+    count = inputs[1].size * inputs[2].shape[1]
+    reached = {"exp_per_s": round(count / row["min_ms"] * 1e3)}
+    yield {"choice": "ceiling", "of": "exponentials"} | row | reached
+
+
 def with_gradients(function):
     return jax.value_and_grad(lambda *inputs: (function(*inputs) ** 2).sum(), argnums=range(6))
 
 
 def points(quick):
     """(what it is, the function) for every point, neighbours in time where they are compared."""
+    for method in ("sequential", "chunked", "associative"):
+        what = {"choice": "method", "method": method}
+
+        def run(*v, method=method):
+            return selective_scan(*v, method=method)
+
+        yield what | {"pass": "forward"}, run
+        yield what | {"pass": "forward+backward"}, with_gradients(run)
     for channels_last in (False, True):
         for contraction in ("einsum", "sum"):
             options = {"channels_last": channels_last, "contraction": contraction}
@@ -106,11 +139,11 @@ def main():
     args = parser.parse_args()
     load = [round(os.getloadavg()[0], 1)]
     inputs = jax.block_until_ready(random_inputs(*(QUICK if args.quick else LAYER)))
-    results = []
+    results = list(ceilings(inputs, args.quick))
     for what, function in points(args.quick):
         if "chunk" in what:  # read while tracing
-            _, *functions = scan._CHUNKS[what["method"]]
-            scan._CHUNKS[what["method"]] = (what["chunk"], *functions)
+            _, *functions = scan._CHUNKED[what["method"]]
+            scan._CHUNKED[what["method"]] = (what["chunk"], *functions)
         results.append(what | measure(function, inputs))
         print(results[-1], flush=True)
     if args.quick:
@@ -126,7 +159,7 @@ def main():
     rows = ",\n".join("  " + json.dumps(r) for r in results)
     for folder in WRITTEN:
         text = head[:-2] + ',\n "results": [\n' + rows + "\n ]\n}\n"
-        (folder / "scan_choices.json").write_text(text, encoding="utf-8")
+        (folder / "hardware.json").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
