@@ -7,7 +7,7 @@ Ceilings: bytes read per second (a matrix times a vector, 512 MiB), and exponent
 (those of the layer, contracted at once and never stored). Layout: the recurrence through one
 `lax.scan`, forward, with the state as (b, d, n) or (b, n, d) and the sum over n as an `einsum` or
 as `.sum()`. Chunk: "sequential" and "chunked" with chunks of other lengths than their own, forward
-and forward + backward, time and memory. Writes benchmarks/results/hardware.json, and the same to
+and backward, time and memory. Writes benchmarks/results/hardware.json, and the same to
 mamba_book/data for the chapter on hardware; after a new measurement run that chapter again:
 make chapter N=9.
 """
@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -28,7 +29,7 @@ from mamba import scan, selective_scan
 ROOT = Path(__file__).resolve().parents[1]
 WRITTEN = [ROOT / path for path in ("benchmarks/results", "mamba_book/data")]
 LAYER, QUICK = (1, 2048, 1536, 16), (1, 128, 64, 16)  # (b, l, d, n)
-SECONDS = 2.0  # repeat a point for about so long, at least 3 and at most 30 times
+SECONDS, ROUNDS = 0.4, 3  # repeat a point for about so long, 2 to 10 times, in every round
 
 
 def loop(x, delta, A, B, C, D, *, channels_last, contraction):
@@ -61,70 +62,59 @@ def random_inputs(b, l, d, n):
     return tuple(jnp.asarray(v, jnp.float32) for v in (x, delta, A, B, C, D))
 
 
-def measure(function, inputs):
-    """-> best and median time of several runs (ms), and the compiled program's memory (bytes)."""
+def prepare(function, inputs):
+    """-> the compiled function, ready to run, and the memory that it allocates (bytes)."""
     compiled = jax.jit(function).lower(*inputs).compile()
     plan = compiled.memory_analysis()
-    start = time.perf_counter()
-    jax.block_until_ready(compiled(*inputs))
-    first, times = time.perf_counter() - start, []
-    for _ in range(max(3, min(30, int(SECONDS / first)))):
+    memory = {"program_bytes": plan.temp_size_in_bytes + plan.output_size_in_bytes}
+    return lambda: jax.block_until_ready(compiled(*inputs)), memory
+
+
+def seconds(run):
+    """Times of several runs, after one that is not counted."""
+    run()
+    times = []
+    while len(times) < 2 or (sum(times) < SECONDS and len(times) < 10):
         start = time.perf_counter()
-        jax.block_until_ready(compiled(*inputs))
+        run()
         times.append(time.perf_counter() - start)
-    return {
-        "min_ms": round(1e3 * min(times), 2),
-        "median_ms": round(1e3 * float(np.median(times)), 2),
-        "runs": len(times),
-        "program_bytes": plan.temp_size_in_bytes + plan.output_size_in_bytes,
-    }
+    return times
 
 
-def exponentials(x, delta, A, B, C, D):
-    """Σ_i exp(Δ_t A_i) C_{t,i}: what any scan computes, less the recurrence. Nothing is stored."""
-    return sum(jnp.exp(delta * A[:, i]) * C[..., i, None] for i in range(A.shape[1]))  # (b, l, d)
-
-
-def ceilings(inputs, quick):
-    """-> one row each for memory and exponentials, with what was reached per second."""
-    side = 1024 if quick else 11585  # squared: 512 MiB of float32
-    matrix, vector = jnp.ones((side, side)), jnp.ones(side)
-    row = measure(jnp.matmul, (matrix, vector))
-    reached = {"bytes_per_s": round(matrix.nbytes / row["min_ms"] * 1e3)}
-    yield {"choice": "ceiling", "of": "memory read"} | row | reached
-    row = measure(exponentials, inputs)
-    count = inputs[1].size * inputs[2].shape[1]
-    reached = {"exp_per_s": round(count / row["min_ms"] * 1e3)}
-    yield {"choice": "ceiling", "of": "exponentials"} | row | reached
+def exponentials(delta, A, C):
+    """Σ_i exp(Δ_t A_i) C_{t,i}, A: (n, d): what any scan computes, less the recurrence."""
+    return sum(jnp.exp(delta * A[i]) * C[..., i, None] for i in range(len(A)))  # (b, l, d)
 
 
 def with_gradients(function):
     return jax.value_and_grad(lambda *inputs: (function(*inputs) ** 2).sum(), argnums=range(6))
 
 
-def points(quick):
-    """(what it is, the function) for every point, neighbours in time where they are compared."""
+def points(inputs, quick):
+    """(what it is, the function, its inputs) for every point."""
+    side = 1024 if quick else 11585  # squared: 512 MiB of float32
+    yield {"of": "memory read"}, jnp.matmul, (jnp.ones((side, side)), jnp.ones(side))
+    _, delta, A, _, C, _ = inputs
+    yield {"of": "exponentials"}, exponentials, (delta, A.T.copy(), C)
     for method in ("sequential", "chunked", "associative"):
         what = {"choice": "method", "method": method}
 
         def run(*v, method=method):
             return selective_scan(*v, method=method)
 
-        yield what | {"pass": "forward"}, run
-        yield what | {"pass": "forward+backward"}, with_gradients(run)
+        yield what | {"pass": "forward"}, run, inputs
     for channels_last in (False, True):
         for contraction in ("einsum", "sum"):
             options = {"channels_last": channels_last, "contraction": contraction}
-            yield {"choice": "layout", **options}, lambda *v, o=options: loop(*v, **o)
+            yield {"choice": "layout", **options}, partial(loop, **options), inputs
     for method in ("sequential", "chunked"):
         for chunk in (8, 16) if quick else (4, 8, 16, 32, 64, 128, 256):
 
             def run(*v, method=method):
                 return selective_scan(*v, method=method)
 
-            yield {"choice": "chunk", "method": method, "chunk": chunk, "pass": "forward"}, run
-            both = {"choice": "chunk", "method": method, "chunk": chunk, "pass": "forward+backward"}
-            yield both, with_gradients(run)
+            what = {"choice": "chunk", "method": method, "chunk": chunk, "pass": "forward+backward"}
+            yield what, with_gradients(run), inputs
 
 
 def main():
@@ -134,13 +124,25 @@ def main():
     args = parser.parse_args()
     load = [round(os.getloadavg()[0], 1)]
     inputs = jax.block_until_ready(random_inputs(*(QUICK if args.quick else LAYER)))
-    results = list(ceilings(inputs, args.quick))
-    for what, function in points(args.quick):
+    prepared = []
+    for what, function, given in points(inputs, args.quick):
         if "chunk" in what:  # read while tracing
             _, *functions = scan._CHUNKED[what["method"]]
             scan._CHUNKED[what["method"]] = (what["chunk"], *functions)
-        results.append(what | measure(function, inputs))
-        print(results[-1], flush=True)
+        prepared.append((what, *prepare(function, given), []))
+    for _ in range(ROUNDS):  # a machine's speed drifts: points far apart are compared, too
+        for _, run, _, times in prepared:
+            times += seconds(run)
+    results = []
+    for what, _, memory, times in prepared:
+        ms = {"min_ms": 1e3 * min(times), "median_ms": 1e3 * float(np.median(times))}
+        row = what | {k: round(v, 2) for k, v in ms.items()} | {"runs": len(times)} | memory
+        if what.get("of") == "memory read":
+            row["bytes_per_s"] = round(4 * (11585**2) / min(times))
+        if what.get("of") == "exponentials":
+            row["exp_per_s"] = round(inputs[1].size * LAYER[3] / min(times))
+        results.append(row)
+        print(row, flush=True)
     if args.quick:
         return
     load.append(round(os.getloadavg()[0], 1))
