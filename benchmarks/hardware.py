@@ -1,0 +1,163 @@
+"""What the machine can do, and what three choices inside the selective scan are worth on it.
+
+    python benchmarks/hardware.py            # one layer of the 130m model, about two minutes
+    python benchmarks/hardware.py --quick    # a small shape, to see that it runs
+
+Ceilings: bytes read per second (a matrix times a vector, 512 MiB), and exponentials per second
+(those of the layer, contracted at once and never stored). Layout: the recurrence through one
+`lax.scan`, forward, with the state as (b, d, n) or (b, n, d) and the sum over n as an `einsum` or
+as `.sum()`. Chunk: "sequential" and "chunked" with chunks of other lengths than their own, forward
+and backward, time and memory. Writes benchmarks/results/hardware.json, and the same to
+mamba_book/data for the chapter on hardware; after a new measurement run that chapter again:
+make chapter N=9.
+"""
+
+import argparse
+import json
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from machine import describe_run
+
+from mamba import scan, selective_scan
+
+ROOT = Path(__file__).resolve().parents[1]
+WRITTEN = [ROOT / path for path in ("benchmarks/results", "mamba_book/data")]
+LAYER, QUICK = (1, 2048, 1536, 16), (1, 128, 64, 16)  # (b, l, d, n)
+SECONDS, ROUNDS = 0.4, 3  # repeat a point for about so long, 2 to 10 times, in every round
+
+
+def loop(x, delta, A, B, C, D, *, channels_last, contraction):
+    """The recurrence through one `lax.scan`, in either layout."""
+    b, _, d = x.shape
+    states = "bnd" if channels_last else "bdn"
+    axis = states.index("n")
+    A = A.T if channels_last else A
+
+    def step(h, inputs):
+        x_t, delta_t, B_t, C_t = inputs
+        over_states = (lambda v: v[:, None]) if channels_last else (lambda v: v[..., None])
+        over_channels = (lambda v: v[..., None]) if channels_last else (lambda v: v[:, None])
+        h = jnp.exp(over_states(delta_t) * A) * h + over_states(delta_t * x_t) * over_channels(B_t)
+        if contraction == "einsum":
+            return h, jnp.einsum(f"{states},bn->bd", h, C_t)
+        return h, (h * over_channels(C_t)).sum(axis)
+
+    _, y = jax.lax.scan(
+        step, jnp.zeros((b, *A.shape)), tuple(v.swapaxes(0, 1) for v in (x, delta, B, C))
+    )
+    return y.swapaxes(0, 1) + D * x  # (b, l, d)
+
+
+def random_inputs(b, l, d, n):
+    rng = np.random.default_rng(0)
+    delta = np.exp(rng.uniform(np.log(1e-3), np.log(0.1), (b, l, d)))
+    A = -np.tile(np.arange(1.0, n + 1), (d, 1))
+    x, B, C, D = (rng.normal(size=s) for s in ((b, l, d), (b, l, n), (b, l, n), (d,)))
+    return tuple(jnp.asarray(v, jnp.float32) for v in (x, delta, A, B, C, D))
+
+
+def prepare(function, inputs):
+    """-> the compiled function, ready to run, and the memory that it allocates (bytes)."""
+    compiled = jax.jit(function).lower(*inputs).compile()
+    plan = compiled.memory_analysis()
+    memory = {"program_bytes": plan.temp_size_in_bytes + plan.output_size_in_bytes}
+    return lambda: jax.block_until_ready(compiled(*inputs)), memory
+
+
+def seconds(run):
+    """Times of several runs, after one that is not counted."""
+    run()
+    times = []
+    while len(times) < 2 or (sum(times) < SECONDS and len(times) < 10):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def exponentials(delta, A, C):
+    """Σ_i exp(Δ_t A_i) C_{t,i}, A: (n, d): what any scan computes, less the recurrence."""
+    return sum(jnp.exp(delta * A[i]) * C[..., i, None] for i in range(len(A)))  # (b, l, d)
+
+
+def with_gradients(function):
+    return jax.value_and_grad(lambda *inputs: (function(*inputs) ** 2).sum(), argnums=range(6))
+
+
+def points(inputs, quick):
+    """(what it is, the function, its inputs) for every point."""
+    side = 1024 if quick else 11585  # squared: 512 MiB of float32
+    yield {"of": "memory read"}, jnp.matmul, (jnp.ones((side, side)), jnp.ones(side))
+    _, delta, A, _, C, _ = inputs
+    yield {"of": "exponentials"}, exponentials, (delta, A.T.copy(), C)
+    for method in ("sequential", "chunked", "associative"):
+        what = {"choice": "method", "method": method}
+
+        def run(*v, method=method):
+            return selective_scan(*v, method=method)
+
+        yield what | {"pass": "forward"}, run, inputs
+    for channels_last in (False, True):
+        for contraction in ("einsum", "sum"):
+            options = {"channels_last": channels_last, "contraction": contraction}
+            yield {"choice": "layout", **options}, partial(loop, **options), inputs
+    for method in ("sequential", "chunked"):
+        for chunk in (8, 16) if quick else (4, 8, 16, 32, 64, 128, 256):
+
+            def run(*v, method=method):
+                return selective_scan(*v, method=method)
+
+            what = {"choice": "chunk", "method": method, "chunk": chunk, "pass": "forward+backward"}
+            yield what, with_gradients(run), inputs
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a small shape, writes nothing")
+    parser.add_argument("--note", default="", help="what else ran on the machine meanwhile")
+    args = parser.parse_args()
+    load = [round(os.getloadavg()[0], 1)]
+    inputs = jax.block_until_ready(random_inputs(*(QUICK if args.quick else LAYER)))
+    prepared = []
+    for what, function, given in points(inputs, args.quick):
+        if "chunk" in what:  # read while tracing
+            _, *functions = scan._CHUNKED[what["method"]]
+            scan._CHUNKED[what["method"]] = (what["chunk"], *functions)
+        prepared.append((what, *prepare(function, given), []))
+    for _ in range(ROUNDS):  # a machine's speed drifts: points far apart are compared, too
+        for _, run, _, times in prepared:
+            times += seconds(run)
+    results = []
+    for what, _, memory, times in prepared:
+        ms = {"min_ms": 1e3 * min(times), "median_ms": 1e3 * float(np.median(times))}
+        row = what | {k: round(v, 2) for k, v in ms.items()} | {"runs": len(times)} | memory
+        if what.get("of") == "memory read":
+            row["bytes_per_s"] = round(4 * (11585**2) / min(times))
+        if what.get("of") == "exponentials":
+            row["exp_per_s"] = round(inputs[1].size * LAYER[3] / min(times))
+        results.append(row)
+        print(row, flush=True)
+    if args.quick:
+        return
+    load.append(round(os.getloadavg()[0], 1))
+    report = describe_run() | {
+        "device": "CPU only; nothing here was measured on a GPU or TPU",
+        "note": args.note,
+        "load_average_before_and_after": load,
+        **dict(zip("bldn", LAYER)),
+    }
+    head = json.dumps(report, indent=1)
+    rows = ",\n".join("  " + json.dumps(r) for r in results)
+    for folder in WRITTEN:
+        text = head[:-2] + ',\n "results": [\n' + rows + "\n ]\n}\n"
+        (folder / "hardware.json").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
