@@ -52,7 +52,7 @@ class Blocks(NamedTuple):
 
 
 # One warp holds (n, 32): no sum over n or over the channels waits for another warp. Wider blocks
-# would spill the CHUNK states of the backward pass, narrower ones do the work of each token more often.
+# would spill the CHUNK states of the backward pass, narrower ones repeat each token's work more.
 GPU = Blocks(32, None, plgpu.CompilerParams(num_warps=1, num_stages=1))
 # At n = 16 a backward block takes 2.7 MB of vector memory, twice that with the next one under way.
 TPU = Blocks(

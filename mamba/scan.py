@@ -33,7 +33,6 @@ def selective_scan(
       first token, zeros if None.   resets: (b, l) bool, or None: True where a new piece starts.
       The state, h0 too, is discarded before that token, so that several sequences packed into one
       row give what each gives alone.
-      return_state: also return the state after the last token.
       method:
         "sequential"   one step after the other, in chunks of T = 16 for the backward pass below.
         "chunked"      a tree inside a chunk, chunk after chunk; T = 64. Not fast on a CPU.
