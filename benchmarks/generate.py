@@ -213,9 +213,9 @@ def founding(shape, dtype, quick):
     import jax
     import jax.numpy as jnp
 
-    import mamba.model
+    import mamba.block
 
-    mamba.model.selective_scan = founding_scan
+    mamba.block.selective_scan = founding_scan
     model, params = random_model(shape, dtype)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     apply = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens))

@@ -5,8 +5,9 @@ logits = model.apply({"params": params}, tokens)
 text = generate(model, key=key, params=params, tokenizer=tokenizer, prompt=..., ...)
 """
 
+from mamba.block import LayerState, MambaBlock, MambaConfig, ResidualBlock, RMSNorm
 from mamba.generate import generate, stream
-from mamba.model import LayerState, Mamba, MambaBlock, MambaConfig, ResidualBlock, RMSNorm
+from mamba.model import Mamba
 from mamba.pretrained import EMBEDDED
 from mamba.prompt import read_prompt
 from mamba.scan import selective_scan

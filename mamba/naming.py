@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from mamba.block import MambaConfig
 from mamba.checkpoint import CheckpointError, read_json
-from mamba.model import MambaConfig
 
 __all__ = ["Row", "read_config", "tensor_table", "write_config"]
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from mamba.block import MambaConfig
 from mamba.checkpoint import CheckpointError, read_json, shard_names, write_tensors
 from mamba.model import Mamba
 from mamba.naming import read_config, tensor_table, write_config
@@ -61,9 +62,15 @@ def save_pretrained(model, params, folder):
     the same parameters. Interrupted at any moment, it leaves the folder as it was, or complete, or
     without a ``config.json``: never one that loads as something else. A tied head is not written.
 
-    Raises ValueError if ``params`` are not this model's, FileExistsError if the folder holds
+    Raises ValueError if ``params`` are not this model's or not all of Δ, B and C are selective, for
+    which checkpoints have no names; FileExistsError if the folder holds
     weights in another form, which would then contradict the new ones.
     """
+    if model.config.selective != MambaConfig.selective:
+        raise ValueError(
+            f"a model with selective = {model.config.selective} cannot be saved: checkpoints have "
+            f"names for Mamba's tensors only, where it is {MambaConfig.selective}"
+        )
     rows, flat = tensor_table(model.config), flatten_dict(params, sep=".")
     compare_tensors(
         "params",

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from mamba.block import LayerState
 from mamba.checkpoint import CheckpointError, read_tensors
-from mamba.model import LayerState
 
 __all__ = ["TextState", "load_state", "save_state", "state_bytes"]
 

@@ -9,8 +9,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import mamba.pretrained  # noqa: F401 (attaches from_pretrained)
+from mamba.block import MambaConfig
 from mamba.generate import generate, stream
-from mamba.model import Mamba, MambaConfig
+from mamba.model import Mamba
 from mamba.prompt import _read
 from mamba.text import TextWriter
 

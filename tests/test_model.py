@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-import mamba.model
-from mamba.model import LayerState, Mamba, MambaBlock, MambaConfig, ResidualBlock, RMSNorm
+import mamba.block
+from mamba.block import LayerState, MambaBlock, MambaConfig, ResidualBlock, RMSNorm
+from mamba.model import Mamba
 from tests.reference import relative_error, selective_scan_loop
 
 SMALL = MambaConfig(d_model=12, n_layer=2, vocab_size=19)
@@ -383,8 +384,8 @@ def test_what_stays_float32_in_bfloat16(monkeypatch):
         seen.update(x=x.dtype, delta=delta.dtype, A=A.dtype, D=D.dtype, h=kwargs["h0"].dtype)
         return selective_scan(x, delta, A, B, C, D, **kwargs)
 
-    selective_scan = mamba.model.selective_scan
-    monkeypatch.setattr(mamba.model, "selective_scan", spy)
+    selective_scan = mamba.block.selective_scan
+    monkeypatch.setattr(mamba.block, "selective_scan", spy)
     x = jnp.float32(np.random.default_rng(0).normal(size=(2, 1, config.d_model))) + 100
     y = ResidualBlock(config).apply({"params": p}, x)
     f32, bf16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)

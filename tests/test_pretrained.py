@@ -20,8 +20,9 @@ from hub_server import HubServer
 from safetensors.numpy import load_file, save_file
 
 from mamba import pretrained
+from mamba.block import MambaConfig
 from mamba.checkpoint import CheckpointError
-from mamba.model import Mamba, MambaConfig
+from mamba.model import Mamba
 from mamba.naming import read_config, tensor_table, write_config
 from mamba.pretrained import from_pretrained, load_tokenizer, save_pretrained
 

@@ -15,7 +15,7 @@ import pytest
 from hub_server import HubServer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mamba.model import MambaConfig
+from mamba.block import MambaConfig
 from mamba.naming import tensor_table
 
 ROOT = Path(__file__).parent.parent

@@ -10,9 +10,10 @@ import safetensors.numpy
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import mamba.prompt
+from mamba.block import MambaConfig
 from mamba.checkpoint import CheckpointError
 from mamba.generate import generate, stream
-from mamba.model import Mamba, MambaConfig
+from mamba.model import Mamba
 from mamba.prompt import bucket, read_prompt, read_tokens
 from mamba.state import TextState, load_state, save_state, state_bytes
 from tests.reference import relative_error

@@ -1,0 +1,182 @@
+"""The ablation: every subset of Δ, B, C may look at the input, the rest are learned constants.
+
+One call for every use is held by test_model.py for the whole of Mamba; here for the subsets.
+"""
+
+import dataclasses
+import itertools
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from scipy import stats
+
+import mamba.block
+from mamba import Mamba, MambaBlock, MambaConfig, selective_scan
+from tests.reference import relative_error
+
+ALL = ("delta", "B", "C")
+SUBSETS = [s for k in range(4) for s in itertools.combinations(ALL, k)]
+every_subset = pytest.mark.parametrize("selective", SUBSETS, ids=lambda s: "+".join(s) or "none")
+SIZES = MambaConfig(d_model=12, n_layer=1, vocab_size=19, d_state=5, dt_rank=3)
+
+
+@cache
+def make(selective):
+    """A model of one layer, its parameters with random constants, and its compiled call."""
+    config = dataclasses.replace(SIZES, selective=selective)
+    model = Mamba(config)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    rng = np.random.default_rng(1)
+
+    def draw(path, p):  # D, biases and constants too, and what the conv sees must count
+        if path[-1].key in ("D", "B", "C", "bias"):
+            return jnp.float32(rng.normal(size=p.shape))
+        return p * 3 if path[-1].key in ("kernel", "embedding") else p
+
+    params = jax.tree.map_with_path(draw, params)
+    return model, params, jax.jit(lambda *args: model.apply({"params": params}, *args))
+
+
+def random_tokens(b, l, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 19, (b, l)), jnp.int32)
+
+
+def assert_close(actual, expected):
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.shape == e.shape and relative_error(a, e) < 1e-5
+
+
+@every_subset
+def test_parameters(selective):
+    _, params, _ = make(selective)
+    p = params["layers_0"]["mixer"]
+    width = 3 * ("delta" in selective) + 5 * ("B" in selective) + 5 * ("C" in selective)
+    expected = {
+        "in_proj/kernel": (12, 48),
+        "conv1d/kernel": (4, 24),
+        "conv1d/bias": (24,),
+        "A_log": (24, 5),
+        "D": (24,),
+        "out_proj/kernel": (24, 12),
+    }
+    if selective:
+        expected["x_proj/kernel"] = (24, width)
+    if "delta" in selective:
+        expected |= {"dt_proj/kernel": (3, 24), "dt_proj/bias": (24,)}
+    else:
+        expected["dt_bias"] = (24,)
+    expected |= {name: (5,) for name in ("B", "C") if name not in selective}
+    assert {path: leaf.shape for path, leaf in flatten_dict(p, sep="/").items()} == expected
+
+
+def test_initial_constants():
+    config = dataclasses.replace(SIZES, d_model=96, d_state=400, selective=())
+    block = MambaBlock(config)
+    p = jax.jit(block.init)(jax.random.key(3), jnp.zeros((1, 1, 96)))["params"]
+    assert (p["B"] == 1).all()
+    assert stats.kstest(np.float64(p["C"]), stats.norm.cdf).pvalue > 1e-3
+    dt = np.logaddexp(0, np.float64(p["dt_bias"]))
+    low, high = np.log(1e-3), np.log(0.1)
+    assert stats.kstest(np.log(dt), stats.uniform(low, high - low).cdf).pvalue > 1e-3
+
+
+@every_subset
+def test_step_by_step_is_the_whole_sequence(selective):
+    model, params, apply = make(selective)
+    tokens, state = random_tokens(2, 9), model.initial_state(2)
+    whole, end = apply(tokens, state)
+    assert_close(apply(tokens), whole)
+    pieces = []
+    for t in range(9):
+        logits, state = apply(tokens[:, t : t + 1], state)
+        pieces.append(logits)
+    assert_close((jnp.concatenate(pieces, axis=1), state), (whole, end))
+
+
+@every_subset
+def test_padded_and_packed_rows_equal_the_rows_alone(selective):
+    """Two pieces, of 3 and 4 tokens, and two pads: a constant Δ is 0 at pads too."""
+    model, params, apply = make(selective)
+    tokens, lengths = random_tokens(2, 9), jnp.array([7, 9])
+    resets = np.zeros((2, 9), bool)
+    resets[0, 3] = True
+    logits, end = apply(tokens, model.initial_state(2), lengths, resets)
+    for cut in (slice(0, 3), slice(3, 7)):
+        alone = apply(tokens[:1, cut], model.initial_state(1))
+        assert_close(logits[:1, cut], alone[0])
+    assert_close(jax.tree.map(lambda v: v[:1], end), alone[1])
+    assert_close(logits[1:], apply(tokens[1:], model.initial_state(1))[0])
+
+
+@every_subset
+def test_gradients_are_finite_and_reach_every_parameter(selective):
+    model, params, _ = make(selective)
+    tokens = random_tokens(2, 9)
+    loss = lambda params: (model.apply({"params": params}, tokens) ** 2).mean()  # noqa: E731
+    gradients = jax.jit(jax.grad(loss))(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+        assert jnp.isfinite(leaf).all() and jnp.abs(leaf).max() > 0, path
+
+
+# --- what a constant means ----------------------------------------------------------------------
+
+
+def system(selective, u, monkeypatch):
+    """The scan's arguments (x, Δ, A, B, C, D) that the block makes of the input u."""
+    model, params, _ = make(selective)
+    seen = []
+
+    def spy(*args, **kwargs):
+        seen.append(args)
+        return selective_scan(*args, **kwargs)
+
+    monkeypatch.setattr(mamba.block, "selective_scan", spy)
+    MambaBlock(model.config).apply({"params": params["layers_0"]["mixer"]}, u)
+    return seen[0]
+
+
+@every_subset
+def test_exactly_what_is_named_depends_on_the_input(selective, monkeypatch):
+    u = jax.random.normal(jax.random.key(0), (2, 2, 9, 12))
+    first, second = (system(selective, v, monkeypatch) for v in u)
+    for name, i in (("delta", 1), ("B", 3), ("C", 4)):
+        constant = (first[i] == first[i][:1, :1]).all() and (first[i] == second[i]).all()
+        assert constant == (name not in selective), name
+
+
+@pytest.mark.parametrize("selective", [(), ALL], ids=["none", "all"])
+def test_time_invariant_if_and_only_if_nothing_is_selective(selective, monkeypatch):
+    """The system made for one input, fed with that input three steps later."""
+    u = jax.random.normal(jax.random.key(1), (2, 12, 12))
+    x, *rest = system(selective, u, monkeypatch)
+    later = jnp.pad(x, ((0, 0), (3, 0), (0, 0)))[:, :12]
+    y, y_later = selective_scan(x, *rest), selective_scan(later, *rest)
+    error = relative_error(y_later[:, 3:], y[:, :-3])
+    assert error < 1e-6 if selective == () else error > 1e-2
+
+
+# --- the flag -----------------------------------------------------------------------------------
+
+
+def test_order_and_type_of_the_names_do_not_matter():
+    config = dataclasses.replace(SIZES, selective=["C", "delta"])
+    assert config == dataclasses.replace(SIZES, selective=("delta", "C"))
+    assert hash(config) and config.selective == ("delta", "C")
+    assert SIZES.selective == ALL
+
+
+@pytest.mark.parametrize("selective", [("A",), ("delta", "D"), "delta", "BC", ("dt",)])
+def test_unknown_names(selective):
+    with pytest.raises(ValueError, match="selective must be a tuple of names of .'delta', 'B'"):
+        dataclasses.replace(SIZES, selective=selective)
+
+
+def test_checkpoints_hold_mamba_only(tmp_path):
+    model, params, _ = make(("delta", "B"))
+    with pytest.raises(ValueError, match=r"selective = \('delta', 'B'\) cannot be saved"):
+        model.save_pretrained(params, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
