@@ -26,8 +26,6 @@ import sys
 import time
 from pathlib import Path
 
-from machine import describe_run
-
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "generate.json"
 
@@ -382,6 +380,8 @@ def main():
     if args.quick:
         return
     load.append(round(os.getloadavg()[0], 1))
+    from mamba.machine import describe_run  # with JAX, which the processes above must not inherit
+
     report = describe_run() | {
         "device": "CPU only; nothing here was measured on a GPU or TPU",
         "note": args.note,

@@ -22,7 +22,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from machine import describe_run
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "loading.json"
@@ -204,6 +203,8 @@ def main():
             )
     if args.quick:
         return
+    from mamba.machine import describe_run  # with JAX, which the processes above must not inherit
+
     report = describe_run() | {"note": args.note, "model": "130m shape, float32, random weights"}
     head = json.dumps(report, indent=1)
     rows = ",\n".join("  " + json.dumps(r) for r in results)

@@ -27,7 +27,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from machine import describe_run
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL = ROOT / "benchmarks" / "results" / "scan.json"
@@ -287,6 +286,8 @@ def main():
     b, d, n = WIDTH
     results = list(measure_all([LAYER, TRAINING, *((b, l, d, n) for l in LENGTHS)]))
     load.append(round(os.getloadavg()[0], 1))
+    from mamba.machine import describe_run  # with JAX, which the processes above must not inherit
+
     report = describe_run() | {
         "device": "CPU only; nothing here was measured on a GPU or TPU",
         "note": args.note,

@@ -36,7 +36,7 @@ from mamba import Mamba, MambaConfig, generate
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from machine import describe_run  # noqa: E402
+from mamba.machine import describe_run  # noqa: E402
 
 END = "<|endoftext|>"  # between modules, and before the first token of each
 LEFT_OUT = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "__pycache__"}

@@ -29,7 +29,7 @@ def make(selective):
     """A model of one layer, its parameters with random constants, and its compiled call."""
     config = dataclasses.replace(SIZES, selective=selective)
     model = Mamba(config)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     rng = np.random.default_rng(1)
 
     def draw(path, p):  # D, biases and constants too, and what the conv sees must count
@@ -86,7 +86,7 @@ def test_initial_constants():
 
 @every_subset
 def test_step_by_step_is_the_whole_sequence(selective):
-    model, params, apply = make(selective)
+    model, _, apply = make(selective)
     tokens, state = random_tokens(2, 9), model.initial_state(2)
     whole, end = apply(tokens, state)
     assert_close(apply(tokens), whole)
@@ -100,16 +100,18 @@ def test_step_by_step_is_the_whole_sequence(selective):
 @every_subset
 def test_padded_and_packed_rows_equal_the_rows_alone(selective):
     """Two pieces, of 3 and 4 tokens, and two pads: a constant Δ is 0 at pads too."""
-    model, params, apply = make(selective)
-    tokens, lengths = random_tokens(2, 9), jnp.array([7, 9])
+    model, _, apply = make(selective)
+    tokens, state = random_tokens(2, 9), model.initial_state(2)
     resets = np.zeros((2, 9), bool)
     resets[0, 3] = True
-    logits, end = apply(tokens, model.initial_state(2), lengths, resets)
-    for cut in (slice(0, 3), slice(3, 7)):
-        alone = apply(tokens[:1, cut], model.initial_state(1))
-        assert_close(logits[:1, cut], alone[0])
-    assert_close(jax.tree.map(lambda v: v[:1], end), alone[1])
-    assert_close(logits[1:], apply(tokens[1:], model.initial_state(1))[0])
+    logits, end = apply(tokens, state, jnp.array([7, 9]), resets)
+    alone = state
+    for t in range(7):
+        alone = model.initial_state(2) if t == 3 else alone
+        expected, alone = apply(tokens[:, t : t + 1], alone)
+        assert_close(logits[:1, t : t + 1], expected[:1])
+    assert_close(jax.tree.map(lambda v: v[:1], end), jax.tree.map(lambda v: v[:1], alone))
+    assert_close(logits[1:], apply(tokens)[1:])
 
 
 @every_subset
@@ -125,34 +127,37 @@ def test_gradients_are_finite_and_reach_every_parameter(selective):
 # --- what a constant means ----------------------------------------------------------------------
 
 
-def system(selective, u, monkeypatch):
-    """The scan's arguments (x, Δ, A, B, C, D) that the block makes of the input u."""
+@cache
+def system(selective, seed):
+    """The scan's arguments (x, Δ, A, B, C, D) that the block makes of a random input."""
     model, params, _ = make(selective)
     seen = []
 
-    def spy(*args, **kwargs):
-        seen.append(args)
-        return selective_scan(*args, **kwargs)
+    def spy(x, *args, h0, **kwargs):
+        seen.extend((x, *args))
+        return x, h0
 
-    monkeypatch.setattr(mamba.block, "selective_scan", spy)
-    MambaBlock(model.config).apply({"params": params["layers_0"]["mixer"]}, u)
-    return seen[0]
+    def arguments(u):
+        MambaBlock(model.config).apply({"params": params["layers_0"]["mixer"]}, u)
+        return seen
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mamba.block, "selective_scan", spy)
+        return jax.jit(arguments)(jax.random.normal(jax.random.key(seed), (2, 12, 12)))
 
 
 @every_subset
-def test_exactly_what_is_named_depends_on_the_input(selective, monkeypatch):
-    u = jax.random.normal(jax.random.key(0), (2, 2, 9, 12))
-    first, second = (system(selective, v, monkeypatch) for v in u)
+def test_exactly_what_is_named_depends_on_the_input(selective):
+    first, second = system(selective, 0), system(selective, 1)
     for name, i in (("delta", 1), ("B", 3), ("C", 4)):
         constant = (first[i] == first[i][:1, :1]).all() and (first[i] == second[i]).all()
         assert constant == (name not in selective), name
 
 
 @pytest.mark.parametrize("selective", [(), ALL], ids=["none", "all"])
-def test_time_invariant_if_and_only_if_nothing_is_selective(selective, monkeypatch):
+def test_time_invariant_if_and_only_if_nothing_is_selective(selective):
     """The system made for one input, fed with that input three steps later."""
-    u = jax.random.normal(jax.random.key(1), (2, 12, 12))
-    x, *rest = system(selective, u, monkeypatch)
+    x, *rest = system(selective, 1)
     later = jnp.pad(x, ((0, 0), (3, 0), (0, 0)))[:, :12]
     y, y_later = selective_scan(x, *rest), selective_scan(later, *rest)
     error = relative_error(y_later[:, 3:], y[:, :-3])

@@ -7,6 +7,8 @@ import platform
 import sys
 from pathlib import Path
 
+__all__ = ["describe_run"]
+
 PACKAGES = ["jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "transformers", "torch"]
 
 
@@ -18,9 +20,13 @@ def describe_run():
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             pass
-    script = Path(sys.argv[0]).resolve()
-    root = Path(__file__).resolve().parents[1]
-    script = script.relative_to(root) if script.is_relative_to(root) else script.name
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None:
+        script = Path(sys.argv[0]).resolve()
+        root = Path(__file__).resolve().parents[1]
+        script = str(script.relative_to(root) if script.is_relative_to(root) else script.name)
+    else:
+        script = f"-m {spec.name.removesuffix('.__main__')}"
     return {
         "processor": _first_line("/proc/cpuinfo", "model name") or platform.processor(),
         "cores": len(os.sched_getaffinity(0))
@@ -29,7 +35,7 @@ def describe_run():
         "memory": _first_line("/proc/meminfo", "MemTotal"),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": versions,
-        "command": " ".join(["python", str(script), *sys.argv[1:]]),
+        "command": " ".join(["python", script, *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
