@@ -156,6 +156,8 @@ def run(preset, *, selective=MambaConfig.selective, seed=0, dtype="float32", **o
     """
     config = preset.config(selective, dtype)
     model, key = Mamba(config), jax.random.fold_in(jax.random.key(seed), 1)
+    settings = preset.settings(config)
+    del settings["lengths"]  # no part of the training: a finished run can be read at others, too
     trained = train(
         model,
         lambda step: preset.draw(jax.random.fold_in(key, step), preset.batch, preset.length),
@@ -164,7 +166,7 @@ def run(preset, *, selective=MambaConfig.selective, seed=0, dtype="float32", **o
         seed=seed,
         held_out=preset.held_out_batches(preset.length),
         evaluate_every=preset.evaluate_every,
-        settings=preset.settings(config),
+        settings=settings,
         **options,
     )
     return Result(model, trained)
