@@ -90,6 +90,11 @@ def score(logits, batch):
     return counts.astype(jnp.float32)
 
 
+@partial(jax.jit, static_argnames=("model",))
+def _initial(model, key):
+    return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+
 @partial(jax.jit, static_argnames=("model", "optimizer", "mesh"))
 def _step(model, optimizer, mesh, train_state, batch):
     """One step -> (next TrainState, (3,): loss, accuracy, norm of the gradient before clipping)."""
@@ -155,7 +160,7 @@ def train(
     mesh = Mesh(np.array(_devices(rows)), ("rows",))
     everywhere, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P("rows"))
 
-    params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = _initial(model, jax.random.key(seed))
     carried = model.initial_state(rows) if carry else None
     state = TrainState(jnp.int32(0), params, optimizer.init(params), carried)
     saved = {
