@@ -175,7 +175,8 @@ def train(
     if path is not None and path.exists():
         if not resume:
             raise FileExistsError(
-                f"{path} is the save of a run: go on from it (resume), or choose another folder"
+                f"{path} is the save of a run: go on from it with resume (the flag --resume), or "
+                "choose another folder"
             )
         saved = _load(path, saved, settings)
     state = saved["state"]
