@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mamba.products import dot_general, dot_rows
 from mamba.scan import selective_scan
 
 __all__ = ["LayerState", "Mamba", "MambaBlock", "MambaConfig", "RMSNorm", "ResidualBlock"]
@@ -185,7 +186,7 @@ class MambaBlock(nn.Module):
 
         def linear(name, features, **kwargs):
             kwargs = {"use_bias": c.bias, "kernel_init": _uniform_fan_in, "dtype": c.dtype} | kwargs
-            return nn.Dense(features, name=name, **kwargs)
+            return nn.Dense(features, name=name, dot_general=dot_general, **kwargs)
 
         def out_init(*args):  # n_layer branches add up in the residual stream: keep the sum's size
             return _uniform_fan_in(*args) / math.sqrt(c.n_layer)
@@ -312,8 +313,8 @@ class Mamba(nn.Module):
         if not self.config.tie_embeddings:
             return jnp.dot(x, self.lm_head().astype(dtype), preferred_element_type=f32)
         table = self.embedding.embedding.astype(dtype)  # (padded_vocab, d_model)
-        if x.ndim == 2:  # few rows: reading the table as it lies is twice as fast on a CPU
-            return jnp.dot(table, x.T, preferred_element_type=f32).T  # (b, padded_vocab)
+        if x.ndim == 2:
+            return dot_rows(x, table)  # (b, padded_vocab)
         return jnp.dot(x, table.T, preferred_element_type=f32)  # (b, l, padded_vocab)
 
 
