@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mamba.products import dot_general
 from mamba.scan import selective_scan
 
 __all__ = ["LayerState", "MambaBlock", "MambaConfig", "RMSNorm", "ResidualBlock"]
@@ -56,8 +57,9 @@ class MambaConfig:
     def __post_init__(self):
         sizes = "d_model n_layer vocab_size d_state d_conv expand rank pad_vocab_size_multiple"
         for name in sizes.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            size = getattr(self, name)
+            if not isinstance(size, int | np.integer) or size < 1:
+                raise ValueError(f"{name} must be a whole number, at least 1, got {size}")
         if not 0 < self.dt_min <= self.dt_max:
             raise ValueError(f"expected 0 < dt_min <= dt_max, got {self.dt_min} and {self.dt_max}")
         names = MambaConfig.selective
@@ -194,7 +196,7 @@ class MambaBlock(nn.Module):
 
         def linear(name, features, **kwargs):
             kwargs = {"use_bias": c.bias, "kernel_init": _uniform_fan_in, "dtype": c.dtype} | kwargs
-            return nn.Dense(features, name=name, **kwargs)
+            return nn.Dense(features, name=name, dot_general=dot_general, **kwargs)
 
         def out_init(*args):  # n_layer branches add up in the residual stream: keep the sum's size
             return _uniform_fan_in(*args) / math.sqrt(c.n_layer)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mamba.prompt import bucket, encode_prompts, read_tokens
+from mamba.prompt import bucket, encode_prompts, read_tokens, widen
 from mamba.sampling import check_sampling, penalize, sample
 from mamba.text import TextWriter
 
@@ -64,6 +64,7 @@ def generate(
     n, stop = _check_count(n_tokens_to_gen), _check_stop(stop)
     prompts = [prompt] if isinstance(prompt, str) else prompt
     tokenizer, ids, state = encode_prompts(model, params, tokenizer, prompts, state)
+    model, params = widen(model, params)
     keys, limit = _row_keys(key, len(ids)), _vocabulary_limit(model, tokenizer)
     writers = _writers(tokenizer, ids, state, eos_token_id, stop)
     results = list(prompts)
@@ -119,6 +120,7 @@ def stream(
     settings = _settings(temperature, top_k, top_p, min_p, repetition_penalty)
     n, stop = _check_count(n_tokens_to_gen), _check_stop(stop)
     tokenizer, ids, state = encode_prompts(model, params, tokenizer, [prompt], state)
+    model, params = widen(model, params)
     keys, limit = _row_keys(key, 1), _vocabulary_limit(model, tokenizer)
     (writer,) = _writers(tokenizer, ids, state, eos_token_id, stop)
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mamba.block import LayerState, MambaConfig, ResidualBlock, RMSNorm, _uniform_fan_in
+from mamba.products import dot_rows
 
 __all__ = ["Mamba"]
 
@@ -29,8 +30,8 @@ class Mamba(nn.Module):
     then gets the logits that it gets alone.
 
     Raises ValueError for tokens that are not (b, l) integers with l ≥ 1 or lie outside the
-    vocabulary, and for resets that do not fit them. (Under ``jit`` the values are not known in
-    time: an id that is too large gives NaN.)
+    vocabulary, and for a state, lengths or resets that do not fit them. (Under ``jit`` the values
+    are not known in time: an id or a length that is too large gives NaN.)
     """
 
     config: MambaConfig
@@ -68,6 +69,7 @@ class Mamba(nn.Module):
 
     def _features(self, tokens, state, lengths, resets):
         _check_tokens(tokens, self.config)
+        _check_state(state, lengths, tokens.shape, self.config)
         x = self.embedding(tokens).astype(jnp.float32)  # (b, l, d_model)
         if state is None:
             for layer in self.layers:
@@ -85,8 +87,8 @@ class Mamba(nn.Module):
         if not self.config.tie_embeddings:
             return jnp.dot(x, self.lm_head().astype(dtype), preferred_element_type=f32)
         table = self.embedding.embedding.astype(dtype)  # (padded_vocab, d_model)
-        if x.ndim == 2:  # few rows: reading the table as it lies is twice as fast on a CPU
-            return jnp.dot(table, x.T, preferred_element_type=f32).T  # (b, padded_vocab)
+        if x.ndim == 2:
+            return dot_rows(x, table)  # (b, padded_vocab)
         return jnp.dot(x, table.T, preferred_element_type=f32)  # (b, l, padded_vocab)
 
 
@@ -116,3 +118,25 @@ def _check_tokens(tokens, config):
                 f"token ids run from {low} to {high}, but this model's vocabulary is "
                 f"0 … {config.padded_vocab_size - 1}: was it another model's tokenizer?"
             )
+
+
+def _check_state(state, lengths, shape, config):
+    b, l = shape
+    if state is not None:
+        expected = jax.eval_shape(lambda: (LayerState.zeros(config, b),) * config.n_layer)
+        if jax.tree.map(jnp.shape, state) != jax.tree.map(jnp.shape, expected):
+            raise ValueError(
+                f"the state is not one of {b} rows and this model's sizes, such as "
+                f"model.initial_state({b}) makes and a call with it returns"
+            )
+    if lengths is None:
+        return
+    if jnp.shape(lengths) != (b,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(
+            f"lengths must be integers of shape ({b},) to fit tokens {shape}, got "
+            f"{lengths.dtype} of shape {lengths.shape}"
+        )
+    if not isinstance(lengths, jax.core.Tracer):
+        low, high = int(np.asarray(lengths).min()), int(np.asarray(lengths).max())
+        if low < 0 or high > l:
+            raise ValueError(f"lengths run from {low} to {high}, but tokens have length {l}")

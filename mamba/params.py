@@ -1,4 +1,4 @@
-"""The tensors of a weights file -> the parameters of our model: every one of them, one at a time.
+"""The tensors of a weights file -> the parameters of our model: every one of them, piece by piece.
 
 Which tensor goes where is the table of ``naming``. Here the file is held against it, and the
 numbers are turned and copied, so that memory holds the model and a little more.
@@ -6,6 +6,7 @@ numbers are turned and copied, so that memory holds the model and a little more.
 
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from mamba.naming import tensor_table
 
 __all__ = ["compare_tensors", "read_params"]
 
+THREADS = 4  # NumPy copies in parallel; new memory, too, is quicker had by several at once
 BLOCK = 2**20  # bytes: what is converted at a time stays in the processor's cache
 
 
@@ -43,15 +45,18 @@ def read_params(path, config):
     )
     if head is not None:
         _check_tied(path, head, tensors[rows[0].name])
-    params, odd = {}, []
-    for row in rows:
+
+    def convert(row):
         dtype = jnp.float32 if row.float32 else config.dtype
         array, finite = _convert(tensors[row.name].read(), row, jnp.dtype(dtype))
-        params[row.path] = jax.device_put(array)
-        if not finite:
-            odd.append(row.name)
+        return jax.device_put(array), finite
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        arrays = list(pool.map(convert, rows))
+    odd = [row.name for row, (_, finite) in zip(rows, arrays, strict=True) if not finite]
     if odd:
         warnings.warn(f"{path}: NaN or infinity in {', '.join(_first(odd, 10))}", stacklevel=3)
+    params = {row.path: array for row, (array, _) in zip(rows, arrays, strict=True)}
     return unflatten_dict(params, sep=".")
 
 

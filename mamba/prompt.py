@@ -4,6 +4,7 @@ A compiled function serves one shape. So prompts are padded on the right to few 
 exact: a pad has Δ = 0, which leaves the state as it is (``MambaBlock``).
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from mamba.state import TextState
 
-__all__ = ["bucket", "encode_prompts", "read_prompt", "read_tokens"]
+__all__ = ["bucket", "encode_prompts", "read_prompt", "read_tokens", "widen"]
 
 PIECE = 2048  # tokens read at once: bounds the memory, and the number of padded lengths
 
@@ -32,7 +33,7 @@ def read_prompt(model, *, params, tokenizer, prompt, state=None):
     """
     prompts = [prompt] if isinstance(prompt, str) else prompt
     _, ids, state = encode_prompts(model, params, tokenizer, prompts, state)
-    return read_tokens(model, params, ids, state)
+    return read_tokens(*widen(model, params), ids, state)
 
 
 def read_tokens(model, params, ids, state):
@@ -46,6 +47,18 @@ def read_tokens(model, params, ids, state):
             row[: len(piece)] = piece  # padded on the right
         state = _read(model, params, tokens, lengths, state)
     return state
+
+
+def widen(model, params):
+    """The model and its weights as the backend computes with them: on a CPU, in float32.
+
+    A CPU multiplies no bfloat16 numbers: XLA converts the weights to float32 in every product, for
+    every token. Here they are converted once a call; what they are worth does not change.
+    """
+    if jax.default_backend() != "cpu" or model.config.dtype == jnp.float32:
+        return model, params
+    config = dataclasses.replace(model.config, dtype=jnp.float32)
+    return model.clone(config=config), jax.tree.map(lambda p: p.astype(jnp.float32), params)
 
 
 def bucket(n):

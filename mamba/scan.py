@@ -63,25 +63,24 @@ def selective_scan(
     x, delta, A, B, C, D = (jnp.asarray(v, jnp.float32) for v in (x, delta, A, B, C, D))
     z = None if z is None else jnp.asarray(z, jnp.float32)
     b, l, d = x.shape
-    A = A.T  # (n, d)
-    if h0 is None:
-        h0 = jnp.zeros((b, *A.shape), jnp.float32)  # (b, n, d)
-    else:
-        h0 = jnp.asarray(h0, jnp.float32).transpose(0, 2, 1)  # (b, n, d)
+    h0 = jnp.zeros((b, *A.shape), jnp.float32) if h0 is None else jnp.asarray(h0, jnp.float32)
 
-    if method == "pallas" and l > 1:
-        from mamba.kernel import pallas_scan  # imports Pallas, which only this method needs
-
-        y, h = pallas_scan(x, delta, A, B, C, D, z, h0, resets)
+    if l == 1:  # one token, while generating
+        y, h = _one_step(x, delta, A, B, C, h0, resets)  # (b, 1, d), (b, d, n)
     else:
-        # One token, while generating: a loop of one step is only overhead.
-        run = _one_step if l == 1 else _METHODS[method]
-        y, h = run(x, delta, A, B, C, h0, resets)  # (b, l, d), (b, n, d)
+        A, h0 = A.T, h0.transpose(0, 2, 1)  # (n, d), (b, n, d)
+        if method == "pallas":
+            from mamba.kernel import pallas_scan  # imports Pallas, which only this method needs
+
+            y, h = pallas_scan(x, delta, A, B, C, D, z, h0, resets)  # (b, l, d), (b, n, d)
+        else:
+            y, h = _METHODS[method](x, delta, A, B, C, h0, resets)  # (b, l, d), (b, n, d)
+        h = h.transpose(0, 2, 1)  # (b, d, n)
+    if l == 1 or method != "pallas":  # that one does the rest itself
         y = y + D * x
-        if z is not None:
-            y = y * jax.nn.silu(z)
+        y = y if z is None else y * jax.nn.silu(z)
     y = y.astype(dtype)
-    return (y, h.transpose(0, 2, 1)) if return_state else y
+    return (y, h) if return_state else y
 
 
 def combine(left, right):
@@ -108,17 +107,24 @@ def _decay(delta, A, resets):
 
 
 def _outer(B, u):
-    """(..., n), (..., d) -> (..., n, d)"""
+    """(..., n), (..., d) -> (..., n, d), or with the two exchanged."""
     return B[..., None] * u[..., None, :]
 
 
-# --- the whole sequence as one tree -------------------------------------------------------------
+# --- one token ----------------------------------------------------------------------------------
 
 
 def _one_step(x, delta, A, B, C, h0, resets):
-    """A sequence of one token, without a loop."""
-    h = (_decay(delta, A, resets) * h0[:, None] + _outer(B, delta * x))[:, 0]  # (b, n, d)
-    return jnp.einsum("bnd,bln->bld", h, C), h  # (b, 1, d), (b, n, d)
+    """A sequence of one token: no loop, and the state stays (b, d, n). To turn it into (b, n, d)
+    and back would take longer than the step. -> y: (b, 1, d), the next state: (b, d, n)."""
+    decay = jnp.exp(delta[:, 0, :, None] * A)  # (b, d, n)
+    if resets is not None:
+        decay = jnp.where(resets[:, :, None], 0.0, decay)
+    h = decay * h0 + _outer((delta * x)[:, 0], B[:, 0])  # (b, d, n)
+    return jnp.einsum("bdn,bln->bld", h, C), h
+
+
+# --- the whole sequence as one tree -------------------------------------------------------------
 
 
 def _associative(x, delta, A, B, C, h0, resets):

@@ -1,5 +1,6 @@
 """Generation against a plain loop that re-reads the whole sequence for every token."""
 
+import dataclasses
 import importlib
 
 import jax
@@ -12,7 +13,7 @@ import mamba.pretrained  # noqa: F401 (attaches from_pretrained)
 from mamba.block import MambaConfig
 from mamba.generate import generate, stream
 from mamba.model import Mamba
-from mamba.prompt import _read
+from mamba.prompt import _read, read_prompt, widen
 from mamba.text import TextWriter
 
 compiled = importlib.import_module("mamba.generate")  # `mamba.generate` is the function
@@ -434,3 +435,25 @@ def test_bfloat16_of_the_embedded_model():
         assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype(jnp.float32)}
     full, half = logits.values()
     assert 1e-4 < jnp.abs(full - half).max() / jnp.abs(full).max() < 2e-2
+
+
+def test_bfloat16_weights_are_widened_once(arguments):
+    """On a CPU: what is compiled computes in float32, with the values that bfloat16 gave them."""
+    model, params = arguments["model"], arguments["params"]
+    half = model.clone(config=dataclasses.replace(model.config, dtype=jnp.bfloat16))
+    rounded = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    assert widen(model, params) == (model, params)
+    wide, values = widen(half, rounded)
+    assert wide.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, values, rounded)
+    assert {leaf.dtype for leaf in jax.tree.leaves(values)} == {jnp.dtype(jnp.float32)}
+
+    settings = arguments | {"prompt": "def", "n_tokens_to_gen": 12}
+    text = generate(**settings | {"model": wide, "params": values})
+    narrow = settings | {"model": half, "params": rounded}
+    assert generate(**narrow) == text
+    assert "def" + "".join(stream(**narrow)) == text
+    tokenizer = settings["tokenizer"]
+    state = read_prompt(half, params=rounded, tokenizer=tokenizer, prompt="def")
+    expected = read_prompt(wide, params=values, tokenizer=tokenizer, prompt="def")
+    jax.tree.map(np.testing.assert_array_equal, state, expected)

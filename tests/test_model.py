@@ -593,3 +593,32 @@ def test_state_of_another_model():
 def test_bad_config(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMALL, **change)
+
+
+@pytest.mark.parametrize(
+    "lengths, message",
+    [
+        ([5], "from 5 to 5, but tokens have length 2"),
+        ([-1], "from -1 to -1"),
+        ([1, 2], r"shape \(1,\)"),
+        ([1.0], "must be integers"),
+    ],
+)
+def test_lengths_that_do_not_fit(lengths, message):
+    model, params = make(SMALL)
+    with pytest.raises(ValueError, match=message):
+        model.apply(
+            {"params": params}, jnp.array([[1, 2]]), model.initial_state(1), jnp.array(lengths)
+        )
+
+
+def test_a_state_that_does_not_fit():
+    model, params = make(SMALL)
+    for state in (model.initial_state(2), model.initial_state(1)[1:]):
+        with pytest.raises(ValueError, match="not one of 1 rows and this model's sizes"):
+            model.apply({"params": params}, jnp.array([[1, 2]]), state)
+
+
+def test_sizes_are_whole_numbers():
+    with pytest.raises(ValueError, match="d_model must be a whole number, at least 1, got 64.5"):
+        MambaConfig(d_model=64.5, n_layer=1, vocab_size=8)
