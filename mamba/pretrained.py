@@ -6,6 +6,7 @@ knows nothing of files.
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -61,9 +62,14 @@ def save_pretrained(model, params, folder):
     the same parameters. Interrupted at any moment, it leaves the folder as it was, or complete, or
     without a ``config.json``: never one that loads as something else. A tied head is not written.
 
-    Raises ValueError if ``params`` are not this model's, FileExistsError if the folder holds
-    weights in another form, which would then contradict the new ones.
+    Raises TypeError if ``params`` is no dict, ValueError if it is not this model's, FileExistsError
+    if the folder holds weights in another form, which would then contradict the new ones.
     """
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            "save_pretrained(params, folder): params must be the dict of parameters, "
+            f"got {type(params).__name__}"
+        )
     rows, flat = tensor_table(model.config), flatten_dict(params, sep=".")
     compare_tensors(
         "params",
@@ -179,7 +185,10 @@ class _Folder:
             hint = "; was a save interrupted? Save it again"
         if TOKENIZER in names:
             hint = f"; a model in the original naming uses load_tokenizer({ORIGINAL_TOKENIZER!r})"
-        held = ", ".join(sorted(p.name for p in self.path.iterdir())) or "nothing"
+        held = sorted(p.name for p in self.path.iterdir()) or ["nothing"]
+        if len(held) > 10:
+            held[8:] = [f"{len(held) - 8} more"]
+        held = ", ".join(held)
         raise FileNotFoundError(
             f"{self.path}: expected {' or '.join(names)}; the folder holds {held}{hint}"
         )
