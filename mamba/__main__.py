@@ -1,8 +1,11 @@
 """Text from the command line: ``python -m mamba "def main("``."""
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
+import threading
 import time
 
 import jax
@@ -26,6 +29,7 @@ a long text, read once and continued twice:
   %(prog)s --state text.safetensors "To sum up,"
   %(prog)s --state text.safetensors --seed 1 --stop . "In one sentence:"
 """
+DTYPES = ["float32", "bfloat16", "float16"]  # those of from_pretrained
 END_OF_TEXT = "<|endoftext|>"  # as both our tokenizer and GPT-NeoX's call it
 
 
@@ -47,6 +51,8 @@ def main(argv=None):
             parser.error(f"a state is kept in a file named *.safetensors, not {path}")
     if "" in args.stop:
         parser.error("--stop must not be empty")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed must lie in [0, 2^32), got {args.seed}")
     if args.prompt is None and sys.stdin.isatty():
         if not args.state:
             parser.error("no prompt: give one as an argument, or pipe one in")
@@ -76,7 +82,7 @@ def _parser():
     add("prompt", nargs="?", help="the text to continue; - or nothing: read standard input")
     add("--model", default=EMBEDDED, metavar="NAME", help="folder, or repository of the hub")
     add("--revision", metavar="REV", help="branch, tag or commit of the repository")
-    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
+    add("--dtype", default="float32", choices=DTYPES, help="of the weights")
     add("-n", "--n-tokens", type=int, default=128, metavar="N", help="at most (default: 128)")
     add("--temperature", type=float, default=1.0, metavar="T", help="0: greedy (default: 1)")
     add("--top-k", type=int, default=40, metavar="K", help="0: no limit (default: 40)")
@@ -92,8 +98,52 @@ def _parser():
     return parser
 
 
+def _read_prompt(args):
+    """The text to continue; ValueError if it is not UTF-8."""
+    try:
+        if args.prompt in (None, "-"):
+            where, text = "standard input", sys.stdin.read().removesuffix("\n")
+        else:
+            where, text = "the prompt", args.prompt
+        text.encode()  # Python lets bytes that are no characters through, as surrogates
+    except UnicodeError as error:
+        if isinstance(error, UnicodeDecodeError):
+            where = "standard input"
+        raise ValueError(f"{where} is not UTF-8 text") from error
+    return text
+
+
+@contextlib.contextmanager
+def _interrupts_noted():
+    """Between two tokens raise the Ctrl-C that came meanwhile; a second one ends at once.
+
+    Python raises KeyboardInterrupt wherever it happens to be. Inside a callback of JAX it would be
+    printed and lost, and the text would go on.
+    """
+    noted = []
+
+    def note(number, frame):
+        noted.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    def check():
+        if noted:
+            raise KeyboardInterrupt
+
+    # Elsewhere than in the main thread, or where Ctrl-C is ignored, it is not ours to handle.
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield check
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _run(args):
-    prompt = sys.stdin.read().removesuffix("\n") if args.prompt in (None, "-") else args.prompt
+    prompt = _read_prompt(args)
     tokenizer = load_tokenizer(args.model, revision=args.revision)
     model, params = Mamba.from_pretrained(args.model, revision=args.revision, dtype=args.dtype)
     text = {"params": params, "tokenizer": tokenizer, "prompt": prompt, "state": None}
@@ -122,9 +172,11 @@ def _run(args):
     start = time.perf_counter()
     print(prompt, end="", flush=True)
     times = []
-    for piece in pieces:
-        print(piece, end="", flush=True)
-        times.append(time.perf_counter())
+    with _interrupts_noted() as check:
+        for piece in pieces:
+            check()
+            print(piece, end="", flush=True)
+            times.append(time.perf_counter())
     print(flush=True)
     _report(start, times)
 

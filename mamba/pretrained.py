@@ -6,6 +6,7 @@ knows nothing of files.
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -62,10 +63,15 @@ def save_pretrained(model, params, folder):
     the same parameters. Interrupted at any moment, it leaves the folder as it was, or complete, or
     without a ``config.json``: never one that loads as something else. A tied head is not written.
 
-    Raises ValueError if ``params`` are not this model's or not all of Δ, B and C are selective, for
-    which checkpoints have no names; FileExistsError if the folder holds
+    Raises TypeError if ``params`` is no dict; ValueError if it is not this model's or not all of Δ,
+    B and C are selective, for which checkpoints have no names; FileExistsError if the folder holds
     weights in another form, which would then contradict the new ones.
     """
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            "save_pretrained(params, folder): params must be the dict of parameters, "
+            f"got {type(params).__name__}"
+        )
     if model.config.selective != MambaConfig.selective:
         raise ValueError(
             f"a model with selective = {model.config.selective} cannot be saved: checkpoints have "
@@ -186,7 +192,10 @@ class _Folder:
             hint = "; was a save interrupted? Save it again"
         if TOKENIZER in names:
             hint = f"; a model in the original naming uses load_tokenizer({ORIGINAL_TOKENIZER!r})"
-        held = ", ".join(sorted(p.name for p in self.path.iterdir())) or "nothing"
+        held = sorted(p.name for p in self.path.iterdir()) or ["nothing"]
+        if len(held) > 10:
+            held[8:] = [f"{len(held) - 8} more"]
+        held = ", ".join(held)
         raise FileNotFoundError(
             f"{self.path}: expected {' or '.join(names)}; the folder holds {held}{hint}"
         )

@@ -1,7 +1,10 @@
 """What the notebooks of the book need around the mathematics: sources shown, figures drawn."""
 
-from mamba_book.figures import COLORS, figure, subplots
+from matplotlib.pyplot import subplots  # in the book's style, which mamba_book.figures sets
+
+from mamba_book.checks import checks_table
+from mamba_book.figures import COLORS, METHODS, figure
 from mamba_book.interactive import frames
 from mamba_book.source import show_source
 
-__all__ = ["COLORS", "figure", "frames", "show_source", "subplots"]
+__all__ = ["COLORS", "METHODS", "checks_table", "figure", "frames", "show_source", "subplots"]

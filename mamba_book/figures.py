@@ -25,6 +25,15 @@ COLORS = {
     "wrong": "#d1495b",  # an error, a divergence
     "ref": "#8a8f98",  # a reference to compare with
 }
+# One colour per way to compute the scan.
+METHODS = {
+    "sequential": COLORS["h"],  # one step after the other, in the module's chunks
+    "lax.scan": COLORS["x"],  # the plain chain, as one writes it first
+    "associative": COLORS["y"],  # the tree
+    "chunked": COLORS["delta"],  # trees in a chain
+    "doubling": COLORS["z"],  # Hillis and Steele's
+    "transformers": COLORS["ref"],  # a loop in PyTorch: what others do
+}
 
 _INK = "#010203"  # stands for the colour of the page's text until the SVG is written
 
@@ -57,11 +66,6 @@ STYLE = {
     "ytick.color": _INK,
 }
 mpl.rcParams.update(STYLE)
-
-
-def subplots(*args, **kwargs):
-    """``plt.subplots`` in the book's style (which importing this module has set)."""
-    return plt.subplots(*args, **kwargs)
 
 
 def figure(fig, alt):

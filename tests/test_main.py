@@ -159,6 +159,45 @@ def test_prompt_from_standard_input(run, captured):
     assert captured.settings["prompt"] == "given"
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # as the locale has it
+def test_standard_input_that_is_not_utf_8(run, monkeypatch, errors):
+    class Bytes(io.TextIOWrapper):
+        def __init__(self, text):
+            super().__init__(io.BytesIO(b"a\xffb"), encoding="utf-8", errors=errors)
+
+    monkeypatch.setattr(io, "StringIO", Bytes)
+    code, out, err = run("-", stdin="")
+    assert (code, out) == (1, "")
+    assert err == "python -m mamba: error: standard input is not UTF-8 text\n"
+
+
+def test_float16_weights(run, folder):
+    code, out, _ = run("def", "--dtype", "float16", "--n-tokens", "5")
+    assert code == 0 and out.startswith("def")
+
+
+def test_ctrl_c_inside_a_callback_is_not_lost(run, captured):
+    """JAX prints and drops what is raised inside its callbacks; the text must end all the same."""
+
+    def pieces():
+        yield "one "
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            pass
+        yield "two"
+        yield "three"
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        captured.pieces = pieces()
+        code, out, _ = run("a")
+        assert (code, out) == (130, "aone ")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_character_that_the_terminal_lacks(run, captured, monkeypatch):
     captured.pieces = ("日本",)
     raw = io.BytesIO()
@@ -185,6 +224,8 @@ def test_help(run):
         (["a", "--n-tokens", "x"], "invalid int"),
         (["a", "--min-p", "2"], "min_p must lie in"),
         (["a", "--repetition-penalty", "0"], "repetition_penalty must be"),
+        (["a", "--seed", "9" * 20], "--seed must lie in [0, 2^32), got 9999"),
+        (["a", "--seed", "-1"], "--seed must lie in [0, 2^32), got -1"),
         (["a", "--stop", ""], "--stop must not be empty"),
         (["a", "--state", "x.bin"], "a state is kept in a file named *.safetensors, not x.bin"),
         (["a", "--dtype", "int8"], "invalid choice"),
@@ -200,7 +241,7 @@ def test_wrong_usage_is_2(run, arguments, message):
     "arguments, message",
     [
         ([""], "the prompt '' has no tokens"),
-        (["a\udcff"], "surrogates not allowed"),  # an argument that was not UTF-8
+        (["a\udcff"], "the prompt is not UTF-8 text"),
         (["a", "--model", "no/such/folder"], "no/such/folder"),
     ],
 )

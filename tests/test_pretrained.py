@@ -839,3 +839,17 @@ def test_peak_memory(tmp_path, form):
     print(result)
     assert result["megabytes"] > 190
     assert 0.9 < result["ratio"] < 2.3
+
+
+def test_swapped_arguments_of_save_pretrained(tmp_path):
+    model = Mamba(MambaConfig(d_model=16, n_layer=1, vocab_size=8))
+    for params in (str(tmp_path), tmp_path, None):
+        with pytest.raises(TypeError, match=r"save_pretrained\(params, folder\): params must be"):
+            model.save_pretrained(params, {})
+
+
+def test_a_large_folder_is_not_listed_whole(tmp_path):
+    for i in range(100):
+        (tmp_path / f"{i:02}").touch()
+    with pytest.raises(FileNotFoundError, match=r"the folder holds 00, .*07, 92 more$"):
+        Mamba.from_pretrained(tmp_path)
