@@ -90,6 +90,11 @@ def score(logits, batch):
     return counts.astype(jnp.float32)
 
 
+@partial(jax.jit, static_argnames=("model",))
+def _initial(model, key):
+    return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+
 @partial(jax.jit, static_argnames=("model", "optimizer", "mesh"))
 def _step(model, optimizer, mesh, train_state, batch):
     """One step -> (next TrainState, (3,): loss, accuracy, norm of the gradient before clipping)."""
@@ -116,7 +121,8 @@ def _step(model, optimizer, mesh, train_state, batch):
     grads = jax.tree.map(lambda g: g / due, grads)
     updates, opt_state = optimizer.update(grads, train_state.opt_state, train_state.params)
     params = optax.apply_updates(train_state.params, updates)
-    metrics = jnp.stack([nats / due, right / due, optax.global_norm(grads)])
+    norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
+    metrics = jnp.stack([nats / due, right / due, norm])
     return TrainState(train_state.step + 1, params, opt_state, carried), metrics
 
 
@@ -155,7 +161,7 @@ def train(
     mesh = Mesh(np.array(_devices(rows)), ("rows",))
     everywhere, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P("rows"))
 
-    params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = _initial(model, jax.random.key(seed))
     carried = model.initial_state(rows) if carry else None
     state = TrainState(jnp.int32(0), params, optimizer.init(params), carried)
     saved = {
@@ -169,7 +175,8 @@ def train(
     if path is not None and path.exists():
         if not resume:
             raise FileExistsError(
-                f"{path} is the save of a run: go on from it (resume), or choose another folder"
+                f"{path} is the save of a run: go on from it with resume (the flag --resume), or "
+                "choose another folder"
             )
         saved = _load(path, saved, settings)
     state = saved["state"]

@@ -96,13 +96,14 @@ def command(*arguments):
 
 def test_a_run_and_its_results(tmp_path, capsys):
     file = tmp_path / "deep" / "results.json"
-    assert command("selective-copying", "--results", file, "--selective", "delta") == 0
+    assert command("selective-copying", "--results", file) == 0
     data = json.loads(file.read_text())
-    assert data["settings"]["model"]["selective"] == ["delta"] and data["settings"]["seed"] == 0
+    assert data["settings"]["model"]["selective"] == ["delta", "B", "C"]
+    assert data["settings"]["seed"] == 0 and data["settings"]["preset"] == "laptop"
     assert data["run"]["versions"]["jax"] == jax.__version__ and "cpu" in data["run"]["devices"]
     assert [row[0] for row in data["curve"]] == list(range(1, 13))
     assert [row[0] for row in data["held_out"]] == [5, 10, 12]
-    model, trained = run(TINY, selective=("delta",), progress=False)
+    model, trained = run(TINY, progress=False)
     for row, length in zip(data["by_length"], (6, 9), strict=True):
         loss, accuracy, n = evaluate_at(TINY, model, trained.params, length)
         assert row == {

@@ -59,8 +59,6 @@ def test_a_pure_function_of_the_key(batches, name):
     task = TASKS[name][0]
     again = task(jax.random.key(0), ROWS)
     assert all((a == b).all() for a, b in zip(again, batches[name], strict=True))
-    inside = jax.jit(lambda key: task(key, ROWS))(jax.random.key(0))
-    assert all((a == b).all() for a, b in zip(inside, again, strict=True))
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -71,7 +69,6 @@ def test_two_keys_never_share_a_batch(name):
     )
     tokens = np.asarray(task(jnp.arange(300)).tokens)
     assert len({batch.tobytes() for batch in tokens}) == 300
-    assert len({row.tobytes() for row in tokens.reshape(600, -1)}) > 590  # nor rows, but by chance
 
 
 # --- where the answers stand --------------------------------------------------------------------
