@@ -29,11 +29,11 @@ class Preset:
     """The settings of a run.
 
     task: one of TASKS, or "language-model".   length: of the training sequences, as the task counts
-    it.   first_length: of the first ones; the length doubles from there in stretches of
-    as many steps each.   sizes: what else the task takes.   warmup: part of the steps.   end: the last learning
+    it.   sizes: what else the task takes.   warmup: part of the steps.   end: the last learning
     rate over the highest; 1 is constant.   model: fields of MambaConfig.   held_out: how many
     sequences to evaluate on, every ``evaluate_every`` steps and at the end.   lengths: where to
-    evaluate at the end, apart from the training length.
+    evaluate at the end, apart from the training length.   first_length: of the first training
+    sequences, or None: all are alike. It doubles, each length for as many steps, up to the last.
     """
 
     task: str
