@@ -1,6 +1,7 @@
 """The experiments of the book: which task, at which sizes, trained how; and how one is run."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -31,7 +32,8 @@ class Preset:
     it.   sizes: what else the task takes.   warmup: part of the steps.   end: the last learning
     rate over the highest; 1 is constant.   model: fields of MambaConfig.   held_out: how many
     sequences to evaluate on, every ``evaluate_every`` steps and at the end.   lengths: where to
-    evaluate at the end, apart from the training length.
+    evaluate at the end, apart from the training length.   first_length: of the first training
+    sequences, or None: all are alike. It doubles, each length for as many steps, up to the last.
     """
 
     task: str
@@ -47,6 +49,13 @@ class Preset:
     held_out: int = 512
     evaluate_every: int = 500
     lengths: tuple = ()
+    first_length: int | None = None
+
+    def length_at(self, step):
+        """How long the sequences of a step are: short at first, where an answer is found sooner."""
+        first = self.first_length or self.length
+        stretches = 1 + max(0, math.ceil(math.log2(self.length / first)))
+        return min(self.length, first << int(step * stretches / self.steps))
 
     def config(self, selective=MambaConfig.selective, dtype="float32"):
         """The MambaConfig that this preset trains."""
@@ -87,13 +96,28 @@ class Preset:
 
 # "paper": Mamba, §4.1 and Appendix E.1 (its constant learning rates, no warm-up; it does not give
 # the weight decay); for associative recall, sizes of Arora et al. (2023); for the language model,
-# the 130m of Appendix E.2. "laptop": minutes on two cores.
+# the 130m of Appendix E.2. "laptop": minutes on two cores. "minute": less, with one layer.
+_UNTIED = {"d_model": 64, "n_layer": 2, "tie_embeddings": False}  # a head of its own learns sooner
 _COPY = {"vocab_size": 16, "n_data": 16}
 _CONSTANT = {"warmup": 0.0, "end": 1.0, "evaluate_every": 5000}
 _DOUBLING = tuple(2**k for k in range(6, 21))
 PRESETS = {
     "selective-copying": {
-        "laptop": Preset("selective-copying", 256, 4000, 64, 1e-3, _COPY),
+        "minute": Preset(
+            "selective-copying",
+            *(64, 1000, 32, 1e-2),
+            {"vocab_size": 16, "n_data": 4},
+            {"d_model": 32, "n_layer": 1, "tie_embeddings": False},
+            evaluate_every=1000,
+        ),
+        "laptop": Preset(
+            "selective-copying",
+            *(256, 4400, 16, 5e-3),
+            _COPY,
+            _UNTIED,
+            first_length=32,
+            held_out=256,
+        ),
         "paper": Preset("selective-copying", 4096, 400_000, 64, 1e-4, _COPY, **_CONSTANT),
     },
     "copying": {
@@ -103,8 +127,12 @@ PRESETS = {
     "induction-heads": {
         "laptop": Preset(
             "induction-heads",
-            *(256, 8000, 32, 1e-3),
+            *(256, 1000, 16, 5e-3),
             {"vocab_size": 16},
+            _UNTIED,
+            first_length=16,
+            evaluate_every=100,
+            held_out=256,
             lengths=(64, 1024, 4096, 16384),
         ),
         "paper": Preset(
@@ -160,7 +188,9 @@ def run(preset, *, selective=MambaConfig.selective, seed=0, dtype="float32", **o
     del settings["lengths"]  # no part of the training: a finished run can be read at others, too
     trained = train(
         model,
-        lambda step: preset.draw(jax.random.fold_in(key, step), preset.batch, preset.length),
+        lambda step: preset.draw(
+            jax.random.fold_in(key, step), preset.batch, preset.length_at(step)
+        ),
         preset.optimizer(),
         preset.steps,
         seed=seed,

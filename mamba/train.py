@@ -152,9 +152,14 @@ def _report(args, outcome):
 
 def _chosen(args):
     """-> the preset with the flags' changes, and the names that --selective gives."""
-    preset = PRESETS[args.task][args.preset]
+    if args.preset not in (presets := PRESETS[args.task]):
+        raise ValueError(f"{args.task} has no preset {args.preset}, but {', '.join(presets)}")
+    preset = presets[args.preset]
     flags = ("length", "steps", "batch", "learning_rate", "lengths")
     changes = {name: value for name in flags if (value := getattr(args, name)) is not None}
+    if args.dt_init:
+        low, high = args.dt_init
+        changes["model"] = {**preset.model, "dt_min": low, "dt_max": high}
     preset = dataclasses.replace(preset, **changes)
     for name in ("steps", "batch", "length"):
         if getattr(preset, name) < 1:
@@ -176,12 +181,24 @@ def _parser():
     )
     add = parser.add_argument
     add("task", choices=PRESETS, metavar="TASK", help=", ".join(PRESETS))
-    add("--preset", default="laptop", choices=["laptop", "paper"], help="(default: laptop)")
+    add(
+        "--preset",
+        default="laptop",
+        choices=["minute", "laptop", "paper"],
+        help="(default: laptop)",
+    )
     add(
         "--selective",
         default="delta,B,C",
         metavar="NAMES",
         help="which of delta,B,C look at the input, or none (default: all three)",
+    )
+    add(
+        "--dt-init",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="of the time steps at the start (default: 0.001 0.1); a bias of 0 is 0.693 0.693",
     )
     add("--seed", type=int, default=0, help="of parameters and training data (default: 0)")
     add("--steps", type=int, metavar="N", help="instead of the preset's")

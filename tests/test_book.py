@@ -177,7 +177,7 @@ def test_every_public_name_is_shown():
     assert [name for name in public_names() if not shown[name]] == []
 
 
-@pytest.mark.parametrize("name", ["generate", "hardware", "scan"])
+@pytest.mark.parametrize("name", ["generate", "hardware", "language_model", "scan"])
 def test_the_measurements_that_a_chapter_reads_are_those_of_the_benchmark(name):
     folders = ROOT / "mamba_book" / "data", ROOT / "benchmarks" / "results"
     copy, original = (json.loads((f / f"{name}.json").read_text("utf-8")) for f in folders)
@@ -186,6 +186,12 @@ def test_the_measurements_that_a_chapter_reads_are_those_of_the_benchmark(name):
             assert short.items() <= row.items()
         copy["results"] = original["results"]
     assert copy == original
+
+
+def test_the_runs_that_a_chapter_reads_are_those_that_were_recorded():
+    runs = sorted((ROOT / "benchmarks" / "results" / "training").glob("*.json"))
+    copy = json.loads((ROOT / "mamba_book" / "data" / "training.json").read_text("utf-8"))
+    assert copy == {run.stem: json.loads(run.read_text("utf-8")) for run in runs}
 
 
 # --- addresses ------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def tiny(monkeypatch):
 
 def test_presets_describe_runs_that_can_be():
     presets = [p for name, two in PRESETS.items() for p in two.values() if p.task == name]
-    assert len(presets) == 9
+    assert len(presets) == 10
     for preset in presets:
         json.dumps(preset.settings(preset.config()))
         preset.optimizer()
@@ -59,6 +59,15 @@ def test_paper_settings():
     for preset in (copying, induction):
         assert preset.model == {"d_model": 64, "n_layer": 2}
         assert (preset.warmup, preset.end) == (0.0, 1.0)  # a constant learning rate
+
+
+def test_training_sequences_double_up_to_the_last_length():
+    grown = dataclasses.replace(TINY, length=20, steps=8, first_length=5)
+    assert [grown.length_at(step) for step in range(8)] == [5, 5, 5, 10, 10, 10, 20, 20]
+    assert {TINY.length_at(step) for step in range(TINY.steps)} == {TINY.length}
+    odd = dataclasses.replace(grown, first_length=6)
+    assert [odd.length_at(step) for step in range(8)] == [6, 6, 6, 12, 12, 12, 20, 20]
+    assert dataclasses.replace(grown, first_length=99).length_at(0) == 20
 
 
 def test_held_out_sequences_are_no_training_sequences_and_always_the_same():
@@ -127,6 +136,14 @@ def test_flags_change_the_preset(tmp_path):
     assert settings["model"]["selective"] == [] and settings["model"]["dtype"] == "bfloat16"
 
 
+def test_time_steps_at_the_start(tmp_path):
+    """--dt-init 0.693 0.693 is softplus(0): the bias of Δ starts at 0."""
+    file = tmp_path / "r.json"
+    assert command("selective-copying", "--dt-init", 0.5, 0.7, "--results", file) == 0
+    model = json.loads(file.read_text())["settings"]["model"]
+    assert (model["dt_min"], model["dt_max"]) == (0.5, 0.7)
+
+
 def test_resume_of_a_finished_run_evaluates_it_at_other_lengths(tmp_path, capsys):
     out = ["selective-copying", "--out", tmp_path / "run"]
     assert command(*out) == 0
@@ -149,6 +166,7 @@ def test_ctrl_c(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("copying --preset minute", "no preset minute"),
         ("", "TASK"),
         ("sorting", "invalid choice: 'sorting'"),
         ("selective-copying --preset huge", "invalid choice: 'huge'"),

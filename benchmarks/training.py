@@ -1,0 +1,23 @@
+"""Gather the recorded training runs for the book, after ``python -m mamba.train ... --results``.
+
+    python benchmarks/training.py   # results/training/*.json -> mamba_book/data/training.json
+
+Each run names its command. Chapter 8 reads the copy.
+"""
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main():
+    runs = sorted((ROOT / "benchmarks" / "results" / "training").glob("*.json"))
+    gathered = {run.stem: json.loads(run.read_text(encoding="utf-8")) for run in runs}
+    path = ROOT / "mamba_book" / "data" / "training.json"
+    path.write_text(json.dumps(gathered, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"{len(gathered)} runs -> {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
