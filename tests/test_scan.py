@@ -217,6 +217,15 @@ def test_packed_pieces_are_the_pieces_apart(method, l):
         assert relative_error(grads[name], expected[name]) < 1e-4, name
 
 
+def test_a_reset_at_a_single_token():
+    """The step while generating: the state before it is discarded in the rows that say so."""
+    inputs = as_float32(random_inputs(2, 1, 5, 3))
+    y, h = run(inputs | {"resets": jnp.array([[True], [False]])}, "auto")
+    kept = jnp.array([0.0, 1.0])[:, None, None] * inputs["h0"]
+    expected_y, expected_h = run(inputs | {"h0": kept}, "auto")
+    assert (y == expected_y).all() and (h == expected_h).all()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_crosses_a_reset(method):
     """Exactly: what comes before changes nothing after it, and gets no gradient from there."""
