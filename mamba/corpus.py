@@ -1,14 +1,11 @@
 """Text for a language model: files -> tokens -> the batches that a training loop asks for."""
 
-from functools import partial
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from mamba.loop import evaluate
 from mamba.tasks import Batch
 
 __all__ = ["END", "bits_per_byte", "encode", "read_texts", "text_batches", "train_tokenizer"]
@@ -92,13 +89,6 @@ def text_batches(files, rows, window, *, seed=0):
     return batch
 
 
-@partial(jax.jit, static_argnames=("model",))
-def _nats(model, params, state, tokens, targets, real):
-    logits, state = model.apply({"params": params}, tokens, state)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return jnp.sum(loss * real), state
-
-
 def bits_per_byte(model, params, tokenizer, texts, *, rows=8, window=512):
     """−log2 p(text) / bytes over all texts, each read whole from the zero state.
 
@@ -106,18 +96,14 @@ def bits_per_byte(model, params, tokenizer, texts, *, rows=8, window=512):
     """
     texts = list(texts)
     files = sorted(encode(tokenizer, texts), key=len)
-    total = 0.0
+    batches = []
     for group in (files[i : i + rows] for i in range(0, len(files), rows)):
         length = -(-(max(map(len, group)) - 1) // window) * window
-        tokens, real = np.zeros((rows, length + 1), np.int32), np.zeros((rows, length), np.float32)
+        tokens, real = np.zeros((rows, length + 1), np.int32), np.zeros((rows, length), bool)
         for row, file in enumerate(group):
             tokens[row, : len(file)] = file
-            real[row, : len(file) - 1] = 1
-        state = model.initial_state(rows)
-        for at in range(0, length, window):
-            cut = slice(at, at + window)
-            loss, state = _nats(
-                model, params, state, tokens[:, :-1][:, cut], tokens[:, 1:][:, cut], real[:, cut]
-            )
-            total += float(loss)
+            real[row, : len(file) - 1] = True
+        batches.append(Batch(tokens[:, :-1], tokens[:, 1:], real))
+    nats, _ = evaluate(model, params, batches, chunk=window)  # per token
+    total = nats * sum(int(batch.mask.sum()) for batch in batches)
     return total / np.log(2) / sum(len(t.encode()) for t in texts)
