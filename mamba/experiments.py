@@ -112,7 +112,7 @@ PRESETS = {
         ),
         "laptop": Preset(
             "selective-copying",
-            *(256, 4400, 16, 5e-3),
+            *(256, 6000, 16, 5e-3),
             _COPY,
             _UNTIED,
             first_length=32,

@@ -10,6 +10,7 @@ vector instruction serves many of them and the sum over n is a contraction. The 
 field's, (b, d, n).
 """
 
+import math
 from functools import partial
 
 import jax
@@ -162,14 +163,17 @@ def _states_loop(a, B, u, h, out):
 def _gradients_loop(a, C, dy, g, out):
     """-> all T gradients (T, n, d), and what goes on to the chunk before (n, d)."""
 
-    def step(i, carry):
-        t = len(a) - 1 - i
-        g, out = carry
+    def put(t, g, out):
         g = g + _outer(C[t], dy[t])  # (n, d)
-        return g * a[t], out.at[t].set(g)
+        return g, out.at[t].set(g)
 
-    g, out = jax.lax.fori_loop(0, len(a), step, (g, out))
-    return out, g
+    def step(i, carry):
+        t = len(a) - 2 - i
+        g, out = carry
+        return put(t, a[t + 1] * g, out)  # one array a step: g is what `out` holds
+
+    g, out = jax.lax.fori_loop(0, len(a) - 1, step, put(len(a) - 1, g, out))
+    return out, g * a[0]
 
 
 def _states_tree(a, B, u, h, out):
@@ -189,10 +193,14 @@ def _gradients_tree(a, C, dy, g, out):
 # --- chunk after chunk, with a backward pass of its own -----------------------------------------
 
 
+def _pad(v, T):
+    """(b, l, ...) -> the same with zeros after it, to whole chunks: Δ = 0 changes no state."""
+    return jnp.pad(v, ((0, 0), (0, -v.shape[1] % T), *((0, 0) for _ in v.shape[2:])))
+
+
 def _to_chunks(v, T):
-    """(b, l, ...) -> (b, l / T, T, ...), padded with zeros: Δ = 0 changes no state."""
-    b, l, *k = v.shape
-    return jnp.pad(v, ((0, 0), (0, -l % T), *((0, 0) for _ in k))).reshape(b, -1, T, *k)
+    """(b, l, ...) -> (b, l / T, T, ...), padded."""
+    return _pad(v, T).reshape(len(v), -1, T, *v.shape[2:])
 
 
 def _from_chunks(v, l):
@@ -206,20 +214,22 @@ def _forward_loop(T, x, delta, A, B, C, h0, resets):
     Step by step for all rows at once: no state is written down but those.
     """
 
-    def step(h, inputs):
-        x_t, delta_t, B_t, C_t, resets_t = inputs
+    inputs = jax.tree.map(lambda v: _pad(v, T), (x, delta, B, C, resets))
+
+    def step(h, t):
+        x_t, delta_t, B_t, C_t, resets_t = jax.tree.map(
+            lambda v: jax.lax.dynamic_index_in_dim(v, t, axis=1, keepdims=False), inputs
+        )  # read where they lie: with the time in front, as lax.scan takes it, they would be copied
         h = _decay(delta_t, A, resets_t) * h + _outer(B_t, delta_t * x_t)  # (b, n, d)
         return h, jnp.einsum("bnd,bn->bd", h, C_t)
 
-    def chunk(h, inputs):
-        h_next, y = jax.lax.scan(step, h, inputs)
+    def chunk(h, start):
+        h_next, y = jax.lax.scan(step, h, start + jnp.arange(T))
         return h_next, (y, h)
 
-    chunks = jax.tree.map(
-        lambda v: jnp.moveaxis(_to_chunks(v, T), 0, 2), (x, delta, B, C, resets)
-    )  # (l / T, T, b, ...)
-    h, (y, starts) = jax.lax.scan(chunk, h0, chunks)
-    return _from_chunks(jnp.moveaxis(y, 2, 0), x.shape[1]), h, starts.swapaxes(0, 1)
+    l = x.shape[1]
+    h, (y, starts) = jax.lax.scan(chunk, h0, jnp.arange(0, l, T))  # y: (l / T, T, b, d)
+    return _from_chunks(jnp.moveaxis(y, 2, 0), l), h, starts.swapaxes(0, 1)
 
 
 def _forward_tree(T, x, delta, A, B, C, h0, resets):
@@ -235,11 +245,11 @@ def _forward_tree(T, x, delta, A, B, C, h0, resets):
     return _from_chunks(y, x.shape[1]), h, starts
 
 
-# Length of a chunk; forward pass; states and gradients in the backward pass; and how that takes the
-# rows of the batch: one after the other, so that a chunk stays in a CPU's cache, or all at once.
+# Length of a chunk; forward pass; states and gradients in the backward pass; and how many channels
+# that takes together: so few rows of the batch that their chunks stay in a CPU's cache, or all.
 _CHUNKED = {
-    "sequential": (16, _forward_loop, _states_loop, _gradients_loop, jax.lax.map),
-    "chunked": (64, _forward_tree, _states_tree, _gradients_tree, lambda f, v: jax.vmap(f)(v)),
+    "sequential": (16, _forward_loop, _states_loop, _gradients_loop, 1024),
+    "chunked": (64, _forward_tree, _states_tree, _gradients_tree, math.inf),
 }
 
 
@@ -263,7 +273,7 @@ def _in_chunks_backward(method, saved, cotangents):
     and every gradient is a contraction of g_t with what the step used. Chunk by chunk from the end:
     the states inside the chunk are recomputed from its first, then g passes through it in reverse.
     """
-    T, _, states, gradients, over_rows = _CHUNKED[method]
+    T, _, states, gradients, channels = _CHUNKED[method]
     x, delta, A, B, C, resets, starts = saved
     T = min(T, x.shape[1])
     dy, g_last = cotangents  # (b, l, d), (b, n, d)
@@ -295,7 +305,10 @@ def _in_chunks_backward(method, saved, cotangents):
         return g, dA, grads
 
     chunks = jax.tree.map(lambda v: _to_chunks(v, T), (x, delta, B, C, dy, resets))
-    dh0, dA, grads = over_rows(row, (chunks, starts, g_last))
+    rows = int(min(len(x), channels // x.shape[2]))
+    dh0, dA, grads = jax.lax.map(
+        row, (chunks, starts, g_last), batch_size=rows if rows > 1 else None
+    )
     dx, ddelta, dB, dC = (_from_chunks(v, x.shape[1]) for v in grads)
     return dx, ddelta, dA.sum(0), dB, dC, dh0, None
 
