@@ -1,10 +1,15 @@
-"""The selective scan and its gradients in float64 NumPy: what every method is held against."""
+"""What tests share: the selective scan and its gradients in float64 NumPy, which every method is
+held against, and parameters that need no program of their own to be drawn."""
 
+import math
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
 def selective_scan_loop(x, delta, A, B, C, D, z=None, h0=None, resets=None):
-    """-> y: (b, l, d), h: (b, d, n), straight from the equations, channel by channel."""
+    """-> y: (b, l, d), h: (b, d, n), straight from the equations, token by token."""
     x, delta, A, B, C, D = (np.asarray(v, np.float64) for v in (x, delta, A, B, C, D))
     b, l, d = x.shape
     n = A.shape[1]
@@ -14,23 +19,23 @@ def selective_scan_loop(x, delta, A, B, C, D, z=None, h0=None, resets=None):
         for t in range(l):
             if resets is not None and resets[i, t]:
                 h[i] = 0
-            for c in range(d):
-                decay = np.exp(delta[i, t, c] * A[c])  # (n,)
-                h[i, c] = decay * h[i, c] + delta[i, t, c] * B[i, t] * x[i, t, c]  # (n,)
-                y[i, t, c] = h[i, c] @ C[i, t] + D[c] * x[i, t, c]
+            decay = np.exp(delta[i, t, :, None] * A)  # (d, n)
+            h[i] = decay * h[i] + (delta[i, t] * x[i, t])[:, None] * B[i, t]  # (d, n)
+            y[i, t] = h[i] @ C[i, t] + D * x[i, t]
     if z is not None:
         z = np.asarray(z, np.float64)
         y = y * z / (1 + np.exp(-z))
     return y, h
 
 
-def selective_scan_gradients(dy, dh, x, delta, A, B, C, D, z, h0, resets=None):
+def selective_scan_gradients(dy, dh, x, delta, A, B, C, D, z=None, h0=None, resets=None):
     """Gradients of Σ dy ⊙ y + Σ dh ⊙ h by the chain rule, time step by time step. -> dict
 
     All states are kept: nothing is recomputed and nothing is cut into chunks.
     """
     b, l, d = x.shape
     n = A.shape[1]
+    h0 = np.zeros((b, d, n)) if h0 is None else h0
     keep = np.ones((b, l)) if resets is None else 1.0 - resets
     before, states, h = np.zeros((l, b, d, n)), np.zeros((l, b, d, n)), h0
     for t in range(l):
@@ -38,10 +43,12 @@ def selective_scan_gradients(dy, dh, x, delta, A, B, C, D, z, h0, resets=None):
         decay = np.exp(delta[:, t, :, None] * A)  # (b, d, n)
         h = decay * before[t] + (delta * x)[:, t, :, None] * B[:, t, None]  # (b, d, n)
         states[t] = h
-    sigmoid = 1 / (1 + np.exp(-z))
-    ungated = np.einsum("lbdn,bln->bld", states, C) + D * x  # (b, l, d)
-    dz = dy * ungated * sigmoid * (1 + z * (1 - sigmoid))
-    dy = dy * z * sigmoid
+    dz = None
+    if z is not None:
+        sigmoid = 1 / (1 + np.exp(-z))
+        ungated = np.einsum("lbdn,bln->bld", states, C) + D * x  # (b, l, d)
+        dz = dy * ungated * sigmoid * (1 + z * (1 - sigmoid))
+        dy = dy * z * sigmoid
     grads = {"x": dy * D, "delta": np.zeros_like(x), "A": np.zeros_like(A)}
     grads |= {"B": np.zeros_like(B), "C": np.einsum("lbdn,bld->bln", states, dy)}
     grads |= {"D": (dy * x).sum((0, 1)), "z": dz}
@@ -63,3 +70,24 @@ def relative_error(actual, expected):
     """max |actual − expected| / max |expected|, in float64."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     return np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30)
+
+
+def random_params(model, seed=0):
+    """Parameters that are all random, as if trained: norms, D, biases and constants too."""
+    tree = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    rng = np.random.default_rng(seed)
+
+    def draw(path, p):
+        module, name = path[-2].key, path[-1].key
+        values = rng.normal(size=p.shape)
+        if name == "A_log":
+            values = rng.uniform(-1, 3, p.shape)
+        elif (module, name) == ("dt_proj", "bias") or name == "dt_bias":
+            values = rng.uniform(-6, 0, p.shape)  # Δ between 0.0025 and 0.7
+        elif name in ("scale", "D", "bias"):
+            values = (name != "bias") + 0.3 * values
+        elif name == "kernel":
+            values = values / math.sqrt(p.shape[0])
+        return jnp.asarray(values, p.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, tree)
