@@ -26,6 +26,8 @@ import sys
 import time
 from pathlib import Path
 
+from _report import head, load_average
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "generate.json"
 
@@ -375,7 +377,7 @@ def main():
         function, arguments = json.loads(args.part)
         print(json.dumps(rounded(globals()[function](*arguments))))
         return
-    load, rows = [round(os.getloadavg()[0], 1)], []
+    load, rows = load_average(), []
     runs = [("float32", way) for way in filter(installed, WAYS)]
     for dtype, way in runs if args.quick else [*runs, ("bfloat16", "ours")] * ROUNDS:
         rows += in_child("measure", way, dtype, args.quick)
@@ -399,17 +401,7 @@ def main():
     print(report["dtypes"])
     if args.quick:
         return
-    load.append(round(os.getloadavg()[0], 1))
-    from mamba.machine import describe_run  # with JAX, which the processes above must not inherit
-
-    report = describe_run() | {
-        "device": "CPU only; nothing here was measured on a GPU or TPU",
-        "note": args.note,
-        "load_average_before_and_after": load,
-        "shape": SHAPE,
-        "speed": rows,
-        **report,
-    }
+    report = head(args.note, load) | {"shape": SHAPE, "speed": rows} | report
     RESULTS.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

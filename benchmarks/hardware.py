@@ -13,8 +13,6 @@ make chapter N=9.
 """
 
 import argparse
-import json
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -22,9 +20,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _report import head, load_average, write
 
 from mamba import scan, selective_scan
-from mamba.machine import describe_run
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITTEN = [ROOT / path for path in ("benchmarks/results", "mamba_book/data")]
@@ -122,7 +120,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a small shape, writes nothing")
     parser.add_argument("--note", default="", help="what else ran on the machine meanwhile")
     args = parser.parse_args()
-    load = [round(os.getloadavg()[0], 1)]
+    load = load_average()
     inputs = jax.block_until_ready(random_inputs(*(QUICK if args.quick else LAYER)))
     prepared = []
     for what, function, given in points(inputs, args.quick):
@@ -145,18 +143,9 @@ def main():
         print(row, flush=True)
     if args.quick:
         return
-    load.append(round(os.getloadavg()[0], 1))
-    report = describe_run() | {
-        "device": "CPU only; nothing here was measured on a GPU or TPU",
-        "note": args.note,
-        "load_average_before_and_after": load,
-        **dict(zip("bldn", LAYER)),
-    }
-    head = json.dumps(report, indent=1)
-    rows = ",\n".join("  " + json.dumps(r) for r in results)
+    report = head(args.note, load) | dict(zip("bldn", LAYER))
     for folder in WRITTEN:
-        text = head[:-2] + ',\n "results": [\n' + rows + "\n ]\n}\n"
-        (folder / "hardware.json").write_text(text, encoding="utf-8")
+        write(folder / "hardware.json", report, results)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from _report import write
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "loading.json"
@@ -202,10 +203,7 @@ def main():
     from mamba.machine import describe_run  # with JAX, which the processes above must not inherit
 
     report = describe_run() | {"note": args.note, "model": "130m shape, float32, random weights"}
-    head = json.dumps(report, indent=1)
-    rows = ",\n".join("  " + json.dumps(r) for r in results)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(head[:-2] + ',\n "results": [\n' + rows + "\n ]\n}\n", encoding="utf-8")
+    write(RESULTS, report, results)
 
 
 if __name__ == "__main__":

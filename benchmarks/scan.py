@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from _report import head, load_average, write
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL = ROOT / "benchmarks" / "results" / "scan.json"
@@ -282,31 +283,15 @@ def main():
     if args.quick:
         list(measure_all(QUICK))
         return
-    load = [round(os.getloadavg()[0], 1)]
+    load = load_average()
     b, d, n = WIDTH
     results = list(measure_all([LAYER, TRAINING, *((b, l, d, n) for l in LENGTHS)]))
-    load.append(round(os.getloadavg()[0], 1))
-    from mamba.machine import describe_run  # with JAX, which the processes above must not inherit
-
-    report = describe_run() | {
-        "device": "CPU only; nothing here was measured on a GPU or TPU",
-        "note": args.note,
-        "load_average_before_and_after": load,
-        "ratios": ratios(results),
-    }
+    report = head(args.note, load) | {"ratios": ratios(results)}
     print(json.dumps(report["ratios"], indent=1))
-    _write(FULL, report | {"results": results})
+    write(FULL, report, results)
     keys = "method pass b l d n skipped min_ms median_ms mean_cpu_ms compile_s program_bytes"
     keys = [*keys.split(), "relative_error"]
-    _write(PACKAGED, report | {"results": [{k: r[k] for k in keys if k in r} for r in results]})
-
-
-def _write(path, report):
-    """One result per line: readable, and a new measurement is a readable diff."""
-    head = json.dumps({k: v for k, v in report.items() if k != "results"}, indent=1)
-    rows = ",\n".join("  " + json.dumps(r) for r in report["results"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(head[:-2] + ',\n "results": [\n' + rows + "\n ]\n}\n", encoding="utf-8")
+    write(PACKAGED, report, [{k: r[k] for k in keys if k in r} for r in results])
 
 
 if __name__ == "__main__":
