@@ -1,16 +1,14 @@
 """Text from the command line: ``python -m mamba "def main("``."""
 
 import argparse
-import contextlib
 import os
-import signal
 import sys
-import threading
 import time
 
 import jax
 
 from mamba.generate import stream
+from mamba.interrupts import _ctrl_c
 from mamba.model import Mamba
 from mamba.pretrained import EMBEDDED, load_tokenizer
 from mamba.prompt import read_prompt
@@ -113,35 +111,6 @@ def _read_prompt(args):
     return text
 
 
-@contextlib.contextmanager
-def _interrupts_noted():
-    """Between two tokens raise the Ctrl-C that came meanwhile; a second one ends at once.
-
-    Python raises KeyboardInterrupt wherever it happens to be. Inside a callback of JAX it would be
-    printed and lost, and the text would go on.
-    """
-    noted = []
-
-    def note(number, frame):
-        noted.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    def check():
-        if noted:
-            raise KeyboardInterrupt
-
-    # Elsewhere than in the main thread, or where Ctrl-C is ignored, it is not ours to handle.
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
-        yield check
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _run(args):
     prompt = _read_prompt(args)
     tokenizer = load_tokenizer(args.model, revision=args.revision)
@@ -172,9 +141,10 @@ def _run(args):
     start = time.perf_counter()
     print(prompt, end="", flush=True)
     times = []
-    with _interrupts_noted() as check:
+    with _ctrl_c() as stop:
         for piece in pieces:
-            check()
+            if stop:
+                raise KeyboardInterrupt
             print(piece, end="", flush=True)
             times.append(time.perf_counter())
     print(flush=True)

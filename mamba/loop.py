@@ -5,11 +5,8 @@ step's number. So a run that goes on from a save takes the same steps, bit for b
 never interrupted. The rows of a batch are shared out among the devices that JAX shows.
 """
 
-import contextlib
 import json
 import os
-import signal
-import threading
 import time
 from functools import cache, partial
 from pathlib import Path
@@ -23,6 +20,8 @@ from flax import serialization
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
+
+from mamba.interrupts import _ctrl_c
 
 __all__ = ["Trained", "TrainState", "decayed", "evaluate", "make_optimizer", "score", "train"]
 
@@ -276,25 +275,6 @@ def _devices(rows):
     """As many devices as share the rows equally."""
     devices = jax.devices()
     return devices[: max(n for n in range(1, len(devices) + 1) if rows % n == 0)]
-
-
-@contextlib.contextmanager
-def _ctrl_c():
-    """A list that Ctrl-C puts something into; the second time, it interrupts as usual."""
-    stop = []
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # signals reach the main thread only
-        return
-
-    def note(*_):
-        signal.signal(signal.SIGINT, before)
-        stop.append(True)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _save(path, values, settings):

@@ -17,7 +17,7 @@ from mamba.block import MambaConfig
 from mamba.checkpoint import CheckpointError, read_json, shard_names, write_tensors
 from mamba.model import Mamba
 from mamba.naming import read_config, tensor_table, write_config
-from mamba.params import compare_tensors, read_params
+from mamba.params import _first, compare_tensors, read_params
 
 __all__ = ["EMBEDDED", "from_pretrained", "load_tokenizer", "save_pretrained"]
 
@@ -192,10 +192,7 @@ class _Folder:
             hint = "; was a save interrupted? Save it again"
         if TOKENIZER in names:
             hint = f"; a model in the original naming uses load_tokenizer({ORIGINAL_TOKENIZER!r})"
-        held = sorted(p.name for p in self.path.iterdir()) or ["nothing"]
-        if len(held) > 10:
-            held[8:] = [f"{len(held) - 8} more"]
-        held = ", ".join(held)
+        held = ", ".join(_first(sorted(p.name for p in self.path.iterdir()), 8)) or "nothing"
         raise FileNotFoundError(
             f"{self.path}: expected {' or '.join(names)}; the folder holds {held}{hint}"
         )

@@ -9,32 +9,23 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from mamba import Mamba, MambaConfig, generate
 from mamba.__main__ import main
+from mamba.corpus import train_tokenizer
+from tests.reference import random_params
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A random model and a byte-level tokenizer as a checkpoint folder."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=257,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        special_tokens=["<|endoftext|>"],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([], trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    train_tokenizer([], 257).save(str(folder / "tokenizer.json"))
     model = Mamba(
         MambaConfig(d_model=16, n_layer=1, d_state=4, vocab_size=257, tie_embeddings=False)
     )
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
-    model.save_pretrained(params, folder)
+    model.save_pretrained(random_params(model), folder)
     return folder
 
 

@@ -851,5 +851,5 @@ def test_swapped_arguments_of_save_pretrained(tmp_path):
 def test_a_large_folder_is_not_listed_whole(tmp_path):
     for i in range(100):
         (tmp_path / f"{i:02}").touch()
-    with pytest.raises(FileNotFoundError, match=r"the folder holds 00, .*07, 92 more$"):
+    with pytest.raises(FileNotFoundError, match=r"the folder holds 00, .*07, and 92 more$"):
         Mamba.from_pretrained(tmp_path)
