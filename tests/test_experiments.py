@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from mamba import Mamba, corpus, experiments, train
+from mamba import Mamba, MambaConfig, corpus, experiments, train
 from mamba.experiments import PRESETS, Preset, evaluate_at, run
 from mamba.pretrained import load_tokenizer
+from tests.reference import random_params
 
 TINY = Preset(
     "selective-copying",
@@ -87,8 +88,9 @@ def test_held_out_sequences_are_no_training_sequences_and_always_the_same():
 
 def test_far_fewer_sequences_where_they_are_very_long(monkeypatch):
     monkeypatch.setattr(experiments, "MOST_TOKENS", 90)
-    assert sum(len(b.tokens) for b in TINY.held_out_batches(9)) == 12  # 10 in batches of 4
-    assert sum(len(b.tokens) for b in TINY.held_out_batches(60)) == 8
+    for length, n in ((9, 12), (60, 8)):  # 12: 10 in batches of 4
+        batches = jax.eval_shape(lambda length=length: TINY.held_out_batches(length))
+        assert sum(len(batch.tokens) for batch in batches) == n
 
 
 def test_the_seed_changes_data_and_parameters():
@@ -128,19 +130,14 @@ def test_a_run_and_its_results(tmp_path, capsys):
 def test_flags_change_the_preset(tmp_path):
     file, folder = tmp_path / "results.json", tmp_path / "run"
     flags = "--steps 3 --batch 2 --length 5 --learning-rate 0.01 --selective none --bfloat16"
+    flags += " --dt-init 0.5 0.7"
     out = ["--out", folder, "--results", file, "--lengths", "7,8", "--seed", 4]
     assert command("selective-copying", *flags.split(), *out) == 0
     settings = json.loads(file.read_text())["settings"]
     changed = {"steps": 3, "batch": 2, "length": 5, "learning_rate": 0.01, "seed": 4}
     assert changed.items() <= settings.items() and settings["lengths"] == [7, 8]
-    assert settings["model"]["selective"] == [] and settings["model"]["dtype"] == "bfloat16"
-
-
-def test_time_steps_at_the_start(tmp_path):
-    """--dt-init 0.693 0.693 is softplus(0): the bias of Δ starts at 0."""
-    file = tmp_path / "r.json"
-    assert command("selective-copying", "--dt-init", 0.5, 0.7, "--results", file) == 0
-    model = json.loads(file.read_text())["settings"]["model"]
+    model = settings["model"]
+    assert model["selective"] == [] and model["dtype"] == "bfloat16"
     assert (model["dt_min"], model["dt_max"]) == (0.5, 0.7)
 
 
@@ -191,14 +188,26 @@ def test_wrong_usage(arguments, message, capsys):
     assert error.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_language_model(tmp_path, capsys):
+def test_language_model(tmp_path, capsys, monkeypatch):
+    """The last twentieth of a text is what it is evaluated on, and no part of what it learns."""
+    learned = []
+    for name in ("train_tokenizer", "encode"):
+        genuine = getattr(train, name)
+
+        def spy(*arguments, genuine=genuine):
+            learned.extend(next(v for v in arguments if isinstance(v, list)))
+            return genuine(*arguments)
+
+        monkeypatch.setattr(train, name, spy)
     folder, text, file = tmp_path / "model", tmp_path / "words.txt", tmp_path / "results.json"
     text.write_text(WORDS)
     arguments = ["language-model", "--text", text, "--out", folder, "--results", file]
     assert command(*arguments) == 0
     model, params = Mamba.from_pretrained(folder)
     tokenizer = load_tokenizer(folder)
-    kept = WORDS[len(WORDS) - len(WORDS) // 20 :]
+    cut = len(WORDS) - len(WORDS) // 20
+    kept = WORDS[cut:]
+    assert learned == 2 * [WORDS[:cut]]
     bits = json.loads(file.read_text())["bits_per_byte"]
     assert bits == pytest.approx(corpus.bits_per_byte(model, params, tokenizer, [kept]), abs=1e-3)
     assert 0 < bits < 9 and f"python -m mamba --model {folder}" in capsys.readouterr().out
@@ -236,6 +245,26 @@ def test_tokenizer_gives_back_every_text():
         assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
     (ids,) = corpus.encode(tokenizer, ["and are"])
     assert ids[0] == tokenizer.token_to_id(corpus.END) and tokenizer.decode(ids) == "and are"
+
+
+def test_bits_per_byte():
+    """Of texts of unequal lengths, some characters two bytes long, read in windows of 8 tokens."""
+    tokenizer = corpus.train_tokenizer([WORDS], 300)
+    model = Mamba(MambaConfig(d_model=8, n_layer=1, vocab_size=300, d_state=4))
+    params = random_params(model)
+    texts = ["3 and 9 are numbers", "ünknown", "and are. " * 4]
+    tokens = np.zeros((3, 40), np.int32)  # causal: what comes after a text does not matter
+    files = corpus.encode(tokenizer, texts)
+    for row, file in zip(tokens, files, strict=True):
+        row[: len(file)] = file
+    logits = np.float64(jax.jit(model.apply)({"params": params}, tokens))
+    nats = 0.0
+    for row, file in zip(logits, files, strict=True):
+        log_p = row - np.log(np.exp(row).sum(axis=-1, keepdims=True))
+        nats -= log_p[np.arange(len(file) - 1), file[1:]].sum()
+    expected = nats / np.log(2) / sum(len(text.encode()) for text in texts)
+    actual = corpus.bits_per_byte(model, params, tokenizer, texts, rows=2, window=8)
+    assert actual == pytest.approx(expected, rel=1e-5)
 
 
 def test_text_batches_read_on_and_shuffle_by_epoch():

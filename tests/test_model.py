@@ -16,7 +16,7 @@ from scipy import stats
 import mamba.block
 from mamba.block import LayerState, MambaBlock, MambaConfig, ResidualBlock, RMSNorm
 from mamba.model import Mamba
-from tests.reference import relative_error, selective_scan_loop
+from tests.reference import random_params, relative_error, selective_scan_loop
 
 SMALL = MambaConfig(d_model=12, n_layer=2, vocab_size=19)
 # Between them they leave no size and no switch at its default only.
@@ -35,37 +35,21 @@ every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.k
 
 @cache
 def make(config, seed=0):
-    """A model, and parameters that are all random, as if trained: norms, D and biases too."""
+    """A model, and parameters that are all random."""
     model = Mamba(config)
-    tree = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    rng = np.random.default_rng(seed)
-
-    def draw(path, p):
-        module, name = path[-2].key, path[-1].key
-        values = rng.normal(size=p.shape)
-        if name == "A_log":
-            values = rng.uniform(-1, 3, p.shape)
-        elif (module, name) == ("dt_proj", "bias"):
-            values = rng.uniform(-6, 0, p.shape)  # Δ between 0.0025 and 0.7
-        elif name in ("scale", "D", "bias"):
-            values = (name != "bias") + 0.3 * values
-        elif name == "kernel":
-            values = values / math.sqrt(p.shape[0])
-        return jnp.asarray(values, p.dtype)
-
-    return model, jax.tree_util.tree_map_with_path(draw, tree)
+    return model, random_params(model, seed)
 
 
 @cache
 def compiled(config, method=None):
-    """``model.apply`` under jit: (params, tokens, state, lengths) -> what it returns."""
+    """``model.apply`` under jit: (params, tokens, state, lengths, resets) -> what it returns."""
     model = Mamba(config)
     return jax.jit(lambda params, *args: model.apply({"params": params}, *args, method=method))
 
 
 def random_tokens(config, b, l, seed=0):
     rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.integers(0, config.vocab_size, (b, l)), jnp.int32)
+    return rng.integers(0, config.vocab_size, (b, l), np.int32)
 
 
 def assert_close(actual, expected, tolerance):
@@ -143,8 +127,8 @@ def test_block_continues_like_float64_numpy():
         rng.normal(size=(3, c.d_conv - 1, c.d_inner)), rng.normal(size=(3, c.d_inner, c.d_state))
     )
     expected = block_loop(to_float64(p), u, c, *state)
-    u, state = jnp.asarray(u, jnp.float32), LayerState(*map(jnp.float32, state))
-    assert_close(MambaBlock(c).apply({"params": p}, u, state), expected, 1e-5)
+    u, state = np.float32(u), LayerState(*map(np.float32, state))
+    assert_close(jax.jit(MambaBlock(c).apply)({"params": p}, u, state), expected, 1e-5)
 
 
 @every_config
@@ -188,14 +172,21 @@ def test_rms_norm():
 SPLITS = [(17,), (1,) * 17, (1, 16), (2, 15), (3, 9, 3, 2), (15, 2), (16, 1)]
 
 
-def run_in_pieces(config, params, tokens, splits):
-    state, pieces, start = Mamba(config).initial_state(tokens.shape[0]), [], 0
+def run_in_pieces(config, params, tokens, splits, state=None):
+    if state is None:
+        state = Mamba(config).initial_state(tokens.shape[0])
+    pieces, start = [], 0
     for l in splits:
         logits, state = compiled(config)(params, tokens[:, start : start + l], state)
         pieces.append(logits)
         start += l
     assert start == tokens.shape[1]
-    return jnp.concatenate(pieces, axis=1), state
+    return np.concatenate(pieces, axis=1), state
+
+
+def row(tree, i):
+    """One row of a batch: of its logits, or of its state."""
+    return jax.tree.map(lambda v: np.asarray(v)[i : i + 1], tree)
 
 
 @every_config
@@ -227,9 +218,10 @@ def test_lengths(l):
 def test_is_causal():
     _, params = make(SMALL)
     tokens = random_tokens(SMALL, 2, 9)
-    changed = tokens.at[:, 5].set((tokens[:, 5] + 1) % SMALL.vocab_size)
-    difference = compiled(SMALL)(params, changed) - compiled(SMALL)(params, tokens)
-    moved = jnp.abs(difference).max(axis=2)  # (b, l)
+    changed = tokens.copy()
+    changed[:, 5] = (tokens[:, 5] + 1) % SMALL.vocab_size
+    logits, others = (np.asarray(compiled(SMALL)(params, v)) for v in (tokens, changed))
+    moved = np.abs(others - logits).max(axis=2)  # (b, l)
     assert (moved[:, :5] == 0).all() and (moved[:, 5:] > 0).all()
 
 
@@ -242,7 +234,7 @@ def test_last_logits():
     assert_close(
         (logits, end), (expected[:, -1], run_in_pieces(SMALL, params, tokens, (9,))[1]), 1e-5
     )
-    lengths = jnp.array([9, 1, 4])
+    lengths = np.array([9, 1, 4])
     logits, end = last(params, tokens, state, lengths)
     _, padded_end = compiled(SMALL)(params, tokens, state, lengths)
     assert_close((logits, end), (expected[np.arange(3), lengths - 1], padded_end), 1e-5)
@@ -256,12 +248,11 @@ def test_padded_rows_equal_the_rows_alone(name):
     state = model.initial_state(3)
     for seed in (7, 8):  # from the start, then continuing
         tokens = random_tokens(config, 3, 9, seed)
-        logits, end = compiled(config)(params, tokens, state, jnp.asarray(lengths))
+        logits, end = compiled(config)(params, tokens, state, lengths)
         for i, l in enumerate(lengths):
-            row = lambda tree, i=i: jax.tree.map(lambda v: v[i : i + 1], tree)  # noqa: E731
-            alone = compiled(config)(params, row(tokens)[:, :l], row(state))
-            assert_close(row(logits)[:, :l], alone[0], 1e-5)
-            assert_close(row(end), alone[1], 1e-6)
+            alone = compiled(config)(params, tokens[i : i + 1, :l], row(state, i))
+            assert_close(row(logits, i)[:, :l], alone[0], 1e-5)
+            assert_close(row(end, i), alone[1], 1e-6)
         state = end
 
 
@@ -269,8 +260,8 @@ def test_a_row_without_new_tokens_keeps_its_state():
     model, params = make(SMALL)
     tokens = random_tokens(SMALL, 3, 9)
     _, state = compiled(SMALL)(params, tokens, model.initial_state(3))
-    _, after = compiled(SMALL)(params, tokens, state, jnp.array([0, 4, 9]))
-    for before, now in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
+    _, after = compiled(SMALL)(params, tokens, state, np.array([0, 4, 9]))
+    for before, now in zip(*(map(np.asarray, jax.tree.leaves(v)) for v in (state, after))):
         assert (before[0] == now[0]).all() and (before[1] != now[1]).any()
 
 
@@ -287,15 +278,6 @@ def pieces(row, end):
     return list(zip(edges[:-1], edges[1:], strict=True))
 
 
-def model_with_resets(config):
-    model = Mamba(config)
-    return jax.jit(
-        lambda params, tokens, resets, state=None, lengths=None: model.apply(
-            {"params": params}, tokens, state, lengths, resets
-        )
-    )
-
-
 @pytest.mark.parametrize("name", ["default", "d_conv=1", "d_conv=2"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_packed_pieces_are_the_pieces_apart(name, padded):
@@ -306,40 +288,44 @@ def test_packed_pieces_are_the_pieces_apart(name, padded):
     state = model.initial_state(3)
     for seed in (3, 4):
         tokens = random_tokens(config, 3, 9, seed)
-        logits, end = model_with_resets(config)(
-            params, tokens, RESETS, state, jnp.asarray(lengths) if padded else None
-        )
+        logits, end = compiled(config)(params, tokens, state, lengths if padded else None, RESETS)
         for i, l in enumerate(lengths):
-            row = lambda tree, i=i: jax.tree.map(lambda v: v[i : i + 1], tree)  # noqa: E731
             for first, last in pieces(RESETS[i], l):
-                start = model.initial_state(1) if RESETS[i, first] else row(state)
-                alone = compiled(config)(params, row(tokens)[:, first:last], start)
-                assert_close(row(logits)[:, first:last], alone[0], 1e-5)
-            assert_close(row(end), alone[1], 1e-5)
+                start = model.initial_state(1) if RESETS[i, first] else row(state, i)
+                piece, steps = tokens[i : i + 1, first:last], (1,) * (last - first)
+                alone = run_in_pieces(config, params, piece, steps, start)
+                assert_close(row(logits, i)[:, first:last], alone[0], 1e-5)
+            assert_close(row(end, i), alone[1], 1e-5)
         state = end
 
 
 def test_packed_pieces_without_a_state_and_for_last_logits():
     model, params = make(SMALL)
     tokens, state = random_tokens(SMALL, 3, 9), model.initial_state(3)
-    logits, end = model_with_resets(SMALL)(params, tokens, RESETS, state)
-    assert_close(model_with_resets(SMALL)(params, tokens, RESETS), logits, 1e-6)
-    last = model.apply({"params": params}, tokens, state, resets=RESETS, method="last_logits")
-    assert_close(last, (logits[:, -1], end), 1e-5)
+    logits, end = compiled(SMALL)(params, tokens, state, None, RESETS)
+    assert_close(compiled(SMALL)(params, tokens, None, None, RESETS), logits, 1e-6)
+    last = compiled(SMALL, "last_logits")(params, tokens, state, None, RESETS)
+    assert_close(last, (np.asarray(logits)[:, -1], end), 1e-5)
 
 
 def test_no_gradient_crosses_a_reset():
     """Exactly zero in the block's input, and nothing that comes before changes what comes after."""
     _, params = make(SMALL)
     p = params["layers_0"]["mixer"]
-    u = jnp.float32(np.random.default_rng(0).normal(size=(2, 9, SMALL.d_model)))
+    u = np.float32(np.random.default_rng(0).normal(size=(2, 9, SMALL.d_model)))
     resets = np.zeros((2, 9), bool)
     resets[:, 4] = True
-    block = lambda u: MambaBlock(SMALL).apply({"params": p}, u, resets=resets)  # noqa: E731
-    y, pull = jax.vjp(block, u)
-    gradient = pull(jnp.ones_like(y).at[:, :4].set(0))[0]
+
+    @jax.jit
+    def block(u, weight):  # and the gradient of Σ weight ⊙ y
+        y, pull = jax.vjp(lambda u: MambaBlock(SMALL).apply({"params": p}, u, resets=resets), u)
+        return y, pull(weight)[0]
+
+    after, before = np.ones_like(u), np.zeros_like(u)
+    after[:, :4], before[:, :4] = 0, 1
+    y, gradient = map(np.asarray, block(u, after))
     assert not gradient[:, :4].any() and (gradient[:, 4:] != 0).any(axis=2).all()
-    assert (block(u.at[:, :4].add(1.0))[:, 4:] == y[:, 4:]).all()
+    assert (np.asarray(block(u + before, after)[0])[:, 4:] == y[:, 4:]).all()
 
 
 def test_bad_resets():
@@ -555,14 +541,18 @@ def test_bad_tokens(tokens, message, as_array):
 
 def test_id_too_large_under_jit_gives_nan():
     _, params = make(SMALL)
-    logits = compiled(SMALL)(params, random_tokens(SMALL, 2, 9).at[0, 4].set(24))
-    assert jnp.isfinite(logits[0, :4]).all() and jnp.isnan(logits[0, 4:]).all()
-    assert jnp.isfinite(logits[1]).all()  # another row has no part in it
+    tokens = random_tokens(SMALL, 2, 9)
+    tokens[0, 4] = 24
+    logits = np.asarray(compiled(SMALL)(params, tokens))
+    assert np.isfinite(logits[0, :4]).all() and np.isnan(logits[0, 4:]).all()
+    assert np.isfinite(logits[1]).all()  # another row has no part in it
 
 
 def test_known_tokens_inside_a_jitted_function():
     model, params = make(SMALL)
-    tokens = random_tokens(SMALL, 2, 9).at[0, 0].set(23)  # the last id of the padded vocabulary
+    tokens = random_tokens(SMALL, 2, 9)
+    tokens[0, 0] = 23  # the last id of the padded vocabulary
+    tokens = jnp.asarray(tokens)
     inside = jax.jit(lambda params: model.apply({"params": params}, tokens))  # closes over them
     assert_close(inside(params), compiled(SMALL)(params, tokens), 1e-6)
     with pytest.raises(ValueError, match="to 24"):

@@ -25,16 +25,21 @@ def assert_close(found, expected, tolerance=1e-6):
 def test_dot_general(r, k, m):
     x, kernel = numbers(r, k), numbers(k, m, seed=1)
     expected = x.astype(np.float64) @ kernel
-    assert_close(dot_general(x, kernel, DENSE), expected)
-    by_dense = dot_general(x[:, None], kernel, (((2,), (0,)), ((), ())))  # (r, 1, k), as the block
-    assert_close(by_dense[:, 0], expected)
+
+    @jax.jit
+    def products(x, kernel):
+        by_dense = dot_general(x[:, None], kernel, (((2,), (0,)), ((), ())))  # as the block does it
+        return dot_general(x, kernel, DENSE), by_dense[:, 0]
+
+    for product in products(x, kernel):
+        assert_close(product, expected)
 
 
 @pytest.mark.parametrize("r", [1, 2, 7, 8, 9])
 @pytest.mark.parametrize("v, k", [(8, 3), (80, 32), (81, 32)])
 def test_dot_rows(r, v, k):
     x, table = numbers(r, k), numbers(v, k, seed=1)
-    assert_close(dot_rows(x, table), x.astype(np.float64) @ table.T)
+    assert_close(jax.jit(dot_rows)(x, table), x.astype(np.float64) @ table.T)
 
 
 def test_bfloat16():
@@ -51,7 +56,8 @@ def test_bfloat16():
 def test_gradients():
     x, kernel, weight = numbers(4, 32), numbers(32, 8, seed=1), numbers(4, 8, seed=2)
     for function, second in ((lambda x, k: dot_general(x, k, DENSE), kernel), (dot_rows, kernel.T)):
-        dx, dk = jax.grad(lambda x, k, f=function: (f(x, k) * weight).sum(), (0, 1))(x, second)
+        loss = lambda x, k, f=function: (f(x, k) * weight).sum()  # noqa: E731
+        dx, dk = jax.jit(jax.grad(loss, (0, 1)))(x, second)
         assert_close(dx, weight.astype(np.float64) @ kernel.T)
         expected = x.T.astype(np.float64) @ weight
         assert_close(dk, expected if second is kernel else expected.T)

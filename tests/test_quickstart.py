@@ -13,9 +13,9 @@ import bin_files
 import numpy as np
 import pytest
 from hub_server import HubServer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mamba.block import MambaConfig
+from mamba.corpus import train_tokenizer
 from mamba.naming import tensor_table
 
 ROOT = Path(__file__).parent.parent
@@ -40,21 +40,6 @@ assert out.startswith('Mamba is the') and len(out) > len('Mamba is the')
 import json
 print(json.dumps({'out': out, 'd_model': model.config.d_model, 'vocab': model.config.vocab_size}))
 """
-
-
-def make_tokenizer(size):
-    """A byte-level BPE, the kind of tokenizer that gpt-neox-20b is."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|endoftext|>"],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["Mamba is the name of a snake and of a model. " * 20], trainer)
-    return tokenizer
 
 
 def original_repository(folder, config):
@@ -84,7 +69,8 @@ def original_repository(folder, config):
 
 @pytest.fixture
 def hub(tmp_path):
-    tokenizer = make_tokenizer(300)
+    # A byte-level BPE, the kind of tokenizer that gpt-neox-20b is.
+    tokenizer = train_tokenizer(["Mamba is the name of a snake and of a model. " * 20], 300)
     settings = {"tokenizer_class": "GPTNeoXTokenizer", "eos_token": "<|endoftext|>"}
     config = MambaConfig(d_model=16, n_layer=2, vocab_size=tokenizer.get_vocab_size() + 1)
     repositories = {

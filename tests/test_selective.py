@@ -5,7 +5,7 @@ One call for every use is held by test_model.py for the whole of Mamba; here for
 
 import dataclasses
 import itertools
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from scipy import stats
 
 import mamba.block
 from mamba import Mamba, MambaBlock, MambaConfig, selective_scan
-from tests.reference import relative_error
+from tests.reference import random_params, relative_error
 
 ALL = ("delta", "B", "C")
 SUBSETS = [s for k in range(4) for s in itertools.combinations(ALL, k)]
@@ -26,23 +26,27 @@ SIZES = MambaConfig(d_model=12, n_layer=1, vocab_size=19, d_state=5, dt_rank=3)
 
 @cache
 def make(selective):
-    """A model of one layer, its parameters with random constants, and its compiled call."""
-    config = dataclasses.replace(SIZES, selective=selective)
-    model = Mamba(config)
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    rng = np.random.default_rng(1)
-
-    def draw(path, p):  # D, biases and constants too, and what the conv sees must count
-        if path[-1].key in ("D", "B", "C", "bias"):
-            return jnp.float32(rng.normal(size=p.shape))
-        return p * 3 if path[-1].key in ("kernel", "embedding") else p
-
-    params = jax.tree.map_with_path(draw, params)
+    """A model of one layer, random parameters of it, and its compiled call."""
+    model = Mamba(dataclasses.replace(SIZES, selective=selective))
+    params = random_params(model, seed=1)
     return model, params, jax.jit(lambda *args: model.apply({"params": params}, *args))
 
 
+@cache
+def whole_and_gradients(selective):
+    """Logits of ``random_tokens(2, 9)`` without a state, and the gradients of their mean square."""
+    model, params, _ = make(selective)
+
+    def loss(params):
+        logits = model.apply({"params": params}, random_tokens(2, 9))
+        return (logits**2).mean(), logits
+
+    gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
+    return np.asarray(logits), gradients
+
+
 def random_tokens(b, l, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).integers(0, 19, (b, l)), jnp.int32)
+    return np.random.default_rng(seed).integers(0, 19, (b, l), np.int32)
 
 
 def assert_close(actual, expected):
@@ -89,12 +93,12 @@ def test_step_by_step_is_the_whole_sequence(selective):
     model, _, apply = make(selective)
     tokens, state = random_tokens(2, 9), model.initial_state(2)
     whole, end = apply(tokens, state)
-    assert_close(apply(tokens), whole)
+    assert_close(whole_and_gradients(selective)[0], whole)
     pieces = []
     for t in range(9):
         logits, state = apply(tokens[:, t : t + 1], state)
         pieces.append(logits)
-    assert_close((jnp.concatenate(pieces, axis=1), state), (whole, end))
+    assert_close((np.concatenate(pieces, axis=1), state), (whole, end))
 
 
 @every_subset
@@ -104,46 +108,51 @@ def test_padded_and_packed_rows_equal_the_rows_alone(selective):
     tokens, state = random_tokens(2, 9), model.initial_state(2)
     resets = np.zeros((2, 9), bool)
     resets[0, 3] = True
-    logits, end = apply(tokens, state, jnp.array([7, 9]), resets)
+    logits, end = apply(tokens, state, np.array([7, 9]), resets)
+    first = partial(jax.tree.map, lambda v: np.asarray(v)[:1])  # row
     alone = state
     for t in range(7):
         alone = model.initial_state(2) if t == 3 else alone
         expected, alone = apply(tokens[:, t : t + 1], alone)
-        assert_close(logits[:1, t : t + 1], expected[:1])
-    assert_close(jax.tree.map(lambda v: v[:1], end), jax.tree.map(lambda v: v[:1], alone))
-    assert_close(logits[1:], apply(tokens)[1:])
+        assert_close(first(logits)[:, t : t + 1], first(expected))
+    assert_close(first(end), first(alone))
+    assert_close(np.asarray(logits)[1:], whole_and_gradients(selective)[0][1:])
 
 
 @every_subset
 def test_gradients_are_finite_and_reach_every_parameter(selective):
-    model, params, _ = make(selective)
-    tokens = random_tokens(2, 9)
-    loss = lambda params: (model.apply({"params": params}, tokens) ** 2).mean()  # noqa: E731
-    gradients = jax.jit(jax.grad(loss))(params)
+    _, gradients = whole_and_gradients(selective)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
-        assert jnp.isfinite(leaf).all() and jnp.abs(leaf).max() > 0, path
+        assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, path
 
 
 # --- what a constant means ----------------------------------------------------------------------
 
 
 @cache
-def system(selective, seed):
-    """The scan's arguments (x, Δ, A, B, C, D) that the block makes of a random input."""
+def scan_arguments(selective):
+    """Compiled: the block's input -> the scan's arguments (x, Δ, A, B, C, D) made of it."""
     model, params, _ = make(selective)
-    seen = []
-
-    def spy(x, *args, h0, **kwargs):
-        seen.extend((x, *args))
-        return x, h0
 
     def arguments(u):
-        MambaBlock(model.config).apply({"params": params["layers_0"]["mixer"]}, u)
+        seen = []
+
+        def spy(x, *args, h0, **kwargs):
+            seen.extend((x, *args))
+            return x, h0
+
+        with pytest.MonkeyPatch.context() as patch:  # while it is traced
+            patch.setattr(mamba.block, "selective_scan", spy)
+            MambaBlock(model.config).apply({"params": params["layers_0"]["mixer"]}, u)
         return seen
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mamba.block, "selective_scan", spy)
-        return jax.jit(arguments)(jax.random.normal(jax.random.key(seed), (2, 12, 12)))
+    return jax.jit(arguments)
+
+
+def system(selective, seed):
+    """The scan's arguments for a random input."""
+    u = np.float32(np.random.default_rng(seed).normal(size=(2, 12, 12)))
+    return [np.asarray(v) for v in scan_arguments(selective)(u)]
 
 
 @every_subset
@@ -158,8 +167,9 @@ def test_exactly_what_is_named_depends_on_the_input(selective):
 def test_time_invariant_if_and_only_if_nothing_is_selective(selective):
     """The system made for one input, fed with that input three steps later."""
     x, *rest = system(selective, 1)
-    later = jnp.pad(x, ((0, 0), (3, 0), (0, 0)))[:, :12]
-    y, y_later = selective_scan(x, *rest), selective_scan(later, *rest)
+    later = np.pad(x, ((0, 0), (3, 0), (0, 0)))[:, :12]
+    scan = jax.jit(selective_scan)
+    y, y_later = np.asarray(scan(x, *rest)), np.asarray(scan(later, *rest))
     error = relative_error(y_later[:, 3:], y[:, :-3])
     assert error < 1e-6 if selective == () else error > 1e-2
 
