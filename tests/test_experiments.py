@@ -65,6 +65,8 @@ def test_paper_settings():
 def test_training_sequences_double_up_to_the_last_length():
     grown = dataclasses.replace(TINY, length=20, steps=8, first_length=5)
     assert [grown.length_at(step) for step in range(8)] == [5, 5, 5, 10, 10, 10, 20, 20]
+    thirds = dataclasses.replace(grown, steps=9)  # each length for exactly as many steps
+    assert [thirds.length_at(step) for step in range(9)] == [5, 5, 5, 10, 10, 10, 20, 20, 20]
     assert {TINY.length_at(step) for step in range(TINY.steps)} == {TINY.length}
     odd = dataclasses.replace(grown, first_length=6)
     assert [odd.length_at(step) for step in range(8)] == [6, 6, 6, 12, 12, 12, 20, 20]

@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models
 
 import mamba.pretrained  # noqa: F401 (attaches from_pretrained)
 from mamba.block import MambaConfig
+from mamba.corpus import train_tokenizer
 from mamba.generate import generate, stream
 from mamba.model import Mamba
 from mamba.prompt import _read, read_prompt, widen
 from mamba.text import TextWriter
+from tests.reference import random_params
 
 compiled = importlib.import_module("mamba.generate")  # `mamba.generate` is the function
 SIZES = {"d_model": 16, "n_layer": 2, "d_state": 4, "tie_embeddings": False}
@@ -25,25 +27,7 @@ TEXT = "def main(argv):\n    return print('hello', argv)\n"
 @pytest.fixture(scope="module")
 def tokenizer():
     """Byte-level BPE: any str is encodable, and some tokens are half a character."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=290,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        special_tokens=["<|endoftext|>"],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([TEXT * 3, "日本 😀 " * 3], trainer)
-    return tokenizer
-
-
-def make_model(vocab_size, seed=0, **config):
-    """A random model. Its head is not the embedding, or greedy text would repeat one token."""
-    model = Mamba(MambaConfig(vocab_size=vocab_size, **SIZES, **config))
-    params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
-    params["lm_head"]["kernel"] = 4 * params["lm_head"]["kernel"]  # differences worth the name
-    return model, params
+    return train_tokenizer([TEXT * 3, "日本 😀 " * 3], 290)
 
 
 def make_indifferent_model(vocab_size, **config):
@@ -55,7 +39,9 @@ def make_indifferent_model(vocab_size, **config):
 
 @pytest.fixture(scope="module")
 def pair(tokenizer):
-    return make_model(tokenizer.get_vocab_size())
+    """A random model. Its head is not the embedding, or greedy text would repeat one token."""
+    model = Mamba(MambaConfig(vocab_size=tokenizer.get_vocab_size(), **SIZES))
+    return model, random_params(model)
 
 
 @pytest.fixture
@@ -431,7 +417,8 @@ def test_bfloat16_of_the_embedded_model():
     logits = {}
     for dtype in (jnp.float32, jnp.bfloat16):
         model, params = Mamba.from_pretrained(EMBEDDED, dtype=dtype)
-        logits[dtype], state = model.apply({"params": params}, tokens, model.initial_state(1))
+        apply, state = jax.jit(model.apply), model.initial_state(1)
+        logits[dtype], state = apply({"params": params}, tokens, state)
         assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype(jnp.float32)}
     full, half = logits.values()
     assert 1e-4 < jnp.abs(full - half).max() / jnp.abs(full).max() < 2e-2

@@ -17,6 +17,7 @@ import pytest
 
 from mamba import Mamba, MambaConfig, loop
 from mamba.corpus import text_batches
+from mamba.interrupts import _ctrl_c
 from mamba.loop import SAVE, decayed, evaluate, make_optimizer, score, train
 from mamba.tasks import Batch, copying, selective_copying
 
@@ -74,21 +75,23 @@ def test_the_curves(whole):
 def test_steps_follow_the_gradient_of_the_mean_over_what_is_due(whole):
     """Two steps, the first of them with a rate of 0, from the loss and AdamW written out."""
 
-    @jax.jit
-    @jax.value_and_grad
-    def loss_and_gradient(params, batch):
-        log_p = jax.nn.log_softmax(MODEL.apply({"params": params}, batch.tokens))
-        return -log_p[jnp.arange(8)[:, None], jnp.arange(8), batch.targets][:, 6:].mean()
-
     optimizer = make_optimizer(3e-3, STEPS, warmup=3)
-    init = jax.jit(MODEL.init)
-    params = init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+
+    @jax.jit
+    def one_step(params, state, batch):
+        def mean_loss(params):
+            log_p = jax.nn.log_softmax(MODEL.apply({"params": params}, batch.tokens))
+            return -log_p[jnp.arange(8)[:, None], jnp.arange(8), batch.targets][:, 6:].mean()
+
+        loss, gradient = jax.value_and_grad(mean_loss)(params)
+        updates, state = optimizer.update(gradient, state, params)
+        return loss, optax.apply_updates(params, updates), state
+
+    params = loop._initial(MODEL, jax.random.key(0))
     state = optimizer.init(params)
     for step in range(2):
-        loss, gradient = loss_and_gradient(params, data(step))
+        loss, params, state = one_step(params, state, data(step))
         assert whole.curve[step, 0] == pytest.approx(float(loss), rel=1e-5)
-        updates, state = jax.jit(optimizer.update)(gradient, state, params)
-        params = optax.apply_updates(params, updates)
     actual = run(steps=2, held_out=()).params
     for p, q in zip(*map(jax.tree.leaves, (actual, params)), strict=True):
         assert np.allclose(p, q, rtol=1e-4, atol=1e-6)
@@ -101,7 +104,8 @@ def test_score():
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     nats = -np.take_along_axis(log_p, targets[..., None], -1)[..., 0]
     expected = [nats[mask].sum(), (logits.argmax(-1) == targets)[mask].sum(), mask.sum()]
-    assert np.allclose(score(jnp.float32(logits), Batch(None, targets, mask)), expected, rtol=1e-5)
+    actual = jax.jit(score)(np.float32(logits), Batch(None, targets, mask))
+    assert np.allclose(actual, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("selective", [("delta", "B", "C"), ()])
@@ -118,32 +122,33 @@ def test_what_decays(selective):
 def test_optimizer_decay_and_schedule():
     """With no gradient the update is −rate · decay · p, of what decays: it shows the schedule."""
     optimizer = make_optimizer(0.1, 10, warmup=4, end=0.2, weight_decay=0.5)
-    params = {"layer": {"kernel": jnp.float32(2.0), "bias": jnp.float32(2.0)}}
-    state, nothing = optimizer.init(params), jax.tree.map(jnp.zeros_like, params)
-    rates = []
+    params = {"layer": {"kernel": np.float32(2.0), "bias": np.float32(2.0)}}
+    state, nothing = optimizer.init(params), jax.tree.map(np.zeros_like, params)
+    update, rates = jax.jit(optimizer.update), []
     for _ in range(11):
-        updates, state = optimizer.update(nothing, state, params)
+        updates, state = update(nothing, state, params)
         rates.append(-float(updates["layer"]["kernel"]) / (0.5 * 2))
         assert updates["layer"]["bias"] == 0
     falling = [0.02 + 0.08 * (1 + math.cos(math.pi * t / 6)) / 2 for t in range(7)]
     assert rates == pytest.approx([0, 0.025, 0.05, 0.075, *falling], abs=1e-6)
     constant = make_optimizer(0.1, 10, end=1.0, weight_decay=0.5)
-    state = constant.init(params)
+    state, update = constant.init(params), jax.jit(constant.update)
     for _ in range(10):
-        updates, state = constant.update(nothing, state, params)
+        updates, state = update(nothing, state, params)
         assert float(updates["layer"]["kernel"]) == pytest.approx(-0.1)
 
 
 def test_optimizer_clips_by_the_global_norm():
     optimizer = make_optimizer(0.1, 10, weight_decay=0.0)
-    params = {"kernel": jnp.zeros(2), "bias": jnp.zeros(1)}
-    long = {"kernel": jnp.array([3.0, 0.0]), "bias": jnp.array([4.0])}  # norm 5, clipped to 1
-    short = {"kernel": jnp.array([0.1, 0.2]), "bias": jnp.array([0.3])}  # left as it is
+    update = jax.jit(optimizer.update)
+    params = {"kernel": np.zeros(2, np.float32), "bias": np.zeros(1, np.float32)}
+    long = {"kernel": np.float32([3, 0]), "bias": np.float32([4])}  # norm 5, clipped to 1
+    short = {"kernel": np.float32([0.1, 0.2]), "bias": np.float32([0.3])}  # left as it is
     results = []
     for first in (long, jax.tree.map(lambda g: g / 5, long)):
         state = optimizer.init(params)
         for gradient in (first, short):
-            updates, state = optimizer.update(gradient, state, params)
+            updates, state = update(gradient, state, params)
         results.append(updates)
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):
         assert np.allclose(a, b, rtol=1e-5)
@@ -171,9 +176,8 @@ def test_bfloat16():
 def test_evaluation_in_chunks_is_evaluation(whole, chunk):
     """The answers lie in other chunks than the data: without the state, nothing would be right."""
     batches = [data(1001), data(1002)]
-    sums = sum(
-        np.asarray(score(MODEL.apply({"params": whole.params}, b.tokens), b)) for b in batches
-    )
+    whole_batch = jax.jit(lambda b: score(MODEL.apply({"params": whole.params}, b.tokens), b))
+    sums = sum(np.asarray(whole_batch(b)) for b in batches)
     expected = sums[0] / sums[2], sums[1] / sums[2]
     assert evaluate(MODEL, whole.params, batches, chunk=chunk) == pytest.approx(expected, rel=1e-5)
 
@@ -286,6 +290,20 @@ def test_ctrl_c_saves_where_it_stands(whole, tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
     resumed = run(breaks_at(9, crash), folder=tmp_path, resume=True)  # step 9 was taken
     assert_same(resumed, whole)
+
+
+def test_ctrl_c_twice_and_where_it_is_ignored():
+    with pytest.raises(KeyboardInterrupt), _ctrl_c() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop == [signal.SIGINT]
+        signal.raise_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with _ctrl_c() as stop:
+            signal.raise_signal(signal.SIGINT)
+        assert not stop and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_nan_stops_with_step_and_norm(tmp_path):
