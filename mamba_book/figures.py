@@ -24,6 +24,7 @@ COLORS = {
     "z": "#c2a11a",  # gate
     "wrong": "#d1495b",  # an error, a divergence
     "ref": "#8a8f98",  # a reference to compare with
+    "ink": "#010203",  # none of these: the colour of the page's text, once the SVG is written
 }
 # One colour per way to compute the scan.
 METHODS = {
@@ -35,7 +36,7 @@ METHODS = {
     "transformers": COLORS["ref"],  # a loop in PyTorch: what others do
 }
 
-_INK = "#010203"  # stands for the colour of the page's text until the SVG is written
+_INK = COLORS["ink"]  # a sentinel until then
 
 STYLE = {
     "axes.axisbelow": True,
