@@ -1,0 +1,114 @@
+"""Every page of the book, on a phone and on a laptop, in both themes, at 200 % and on paper."""
+
+from collections import Counter
+
+import pytest
+
+from tests.browser.reader import HTML, LOADS, VIEWS, pages
+
+each_page = pytest.mark.parametrize("page", pages())
+each_view = pytest.mark.parametrize("view", VIEWS, ids=lambda view: f"{view[0]}-{view[1]}")
+
+PAGE_BYTES, SITE_BYTES = 3_000_000, 40_000_000
+PAPER = 718  # px: A4 between margins of 1 cm
+
+# What is broken on purpose -> where the finding must stand, and a word of it.
+FAULTS = {
+    "<script>throw new Error('no such thing')</script>": ("errors", "no such thing"),
+    "<script>console.error('went wrong')</script>": ("errors", "went wrong"),
+    "<script src='missing.js'></script>": ("errors", "404"),
+    "<img src='https://example.org/a.png' alt='a'>": ("outside", "example.org"),
+    "<script>fetch('http://192.0.2.1/count')</script>": ("outside", "192.0.2.1"),
+    "<p style='width: 1500px'>wide</p>": ("overflow", "wide"),
+    "<div style='overflow: hidden'><p style='width: 1500px'>cut off</p></div>": ("overflow", "cut"),
+    "<img src='../_static/logo.svg'>": ("images", "img"),
+    "<img src='../_static/logo.svg' alt='../_static/logo.svg'>": ("images", "img"),
+    "<svg class='book-figure' role='img'></svg>": ("images", "svg"),
+    "<img src='missing.png' alt='a picture'>": ("images", "missing.png"),
+    "<p>so $$x$$ is</p>": ("equations", "left over: so"),
+    "<p>so \\(x\\) is</p>": ("equations", "left over: so"),
+    "<span class='math notranslate'>\\(\\frac{1}{\\)</span>": ("equations", "error"),
+    "<p style='color: #999; background: #aaa'>pale</p>": ("axe", "color-contrast"),
+    "<button></button>": ("axe", "button-name"),
+}
+
+
+@each_page
+@each_view
+@pytest.mark.parametrize("what", ["errors", "outside", "overflow", "images", "equations", "axe"])
+def test_page(book, page, view, what):
+    assert book.visit(page)[view][what] == []
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_broken_is_found(book, fault):
+    def alter(text):
+        assert '<article class="bd-article">' in text
+        return text.replace('<article class="bd-article">', '<article class="bd-article">' + fault)
+
+    what, word = FAULTS[fault]
+    for views in LOADS:
+        found = book.look("book/notation.html", views[:1], alter)
+        assert any(word in line for line in found[views[0]][what]), found
+
+
+@each_page
+def test_weight_of_a_page(book, page, request):
+    visit = book.visit(page)
+    request.config.visits = book.visits  # for the summary
+    assert max(seen["bytes"] for seen in visit.values()) < PAGE_BYTES
+
+
+def test_weight_of_the_site():
+    sizes = Counter({path: path.stat().st_size for path in HTML.rglob("*") if path.is_file()})
+    assert sizes.total() < SITE_BYTES, sizes.most_common(5)
+
+
+def test_pages_have_equations(book):
+    """Or the check of equations could not fail."""
+    assert sum(book.visit(page)[1280, "light"]["math"] for page in pages()) > 500
+
+
+@each_page
+def test_on_paper(book, page):
+    """Nothing is cut off at the edge, scrolled out of sight, or folded away."""
+    with book.open(page, PAPER, media="print") as tab:
+        assert tab.evaluate(PRINTED) == []
+
+
+def test_on_paper_what_is_cut_off_is_found(book):
+    for fault in (
+        "<pre style='overflow: auto; white-space: pre !important'>" + 200 * "wide " + "</pre>",
+        "<details><summary>more</summary><p>folded away</p></details>",
+        "<p style='width: 1500px'>wide</p>",
+    ):
+        style = "<style>details::details-content {content-visibility: hidden !important}</style>"
+        with book.open(
+            "book/notation.html",
+            PAPER,
+            media="print",
+            alter=lambda text, fault=fault: text.replace(
+                '<article class="bd-article">', '<article class="bd-article">' + style + fault
+            ),
+        ) as tab:
+            assert tab.evaluate(PRINTED) != [], fault
+
+
+PRINTED = """() => {
+  const faults = [], width = document.documentElement.clientWidth;
+  for (const element of document.querySelectorAll("article *:not(svg *):not(mjx-container *)")) {
+    const style = getComputedStyle(element);
+    const box = element.getBoundingClientRect();
+    const said = `${element.tagName} ${element.className} ${element.textContent.trim().slice(0, 60)}`;
+    if (element.closest("details:not([open])") && !element.closest("summary")
+        && element.textContent.trim() && !element.checkVisibility({contentVisibilityAuto: true})
+        && style.display !== "none") {
+      faults.push(`folded: ${said}`);
+    }
+    if (box.width < 2 || box.height < 2 || !element.checkVisibility()) continue;
+    if (box.right > width + 1) faults.push(`to ${Math.round(box.right)} px: ${said}`);
+    const inside = style.overflowX !== "visible" && element.scrollWidth - element.clientWidth;
+    if (inside > 2) faults.push(`cut by ${inside} px: ${said}`);
+  }
+  return faults;
+}"""
