@@ -8,12 +8,13 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PARITY := .venv/.installed-parity
 FUZZ := .venv/.installed-fuzz
+BROWSER := .venv/.installed-browser
 
 # The outputs in the notebooks are a CPU's.
 export JAX_PLATFORMS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve test parity network-test fuzz portability bench chapter lint clean
+.PHONY: help book serve test browser parity network-test fuzz portability bench chapter lint clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -29,6 +30,10 @@ serve: book ## build the HTML and serve it on this machine (PORT=8000)
 
 test: $(INSTALLED) ## the module's tests and every cell of every notebook (ARGS="-k scan")
 	$(BIN)/pytest --nbval -n 2 --dist loadfile $(ARGS)
+
+browser: $(BROWSER) ## read the built book in Chromium, which must be there (after make book)
+	@test -f _build/html/book/index.html || { echo "there is no book to read: make book"; exit 2; }
+	$(BIN)/pytest -m browser tests/browser $(ARGS)
 
 parity: $(PARITY) ## compare with transformers' PyTorch Mamba (installs PyTorch)
 	$(BIN)/pytest -m parity tests $(ARGS)
@@ -67,6 +72,10 @@ $(INSTALLED): requirements.txt constraints.txt pyproject.toml
 
 $(PARITY): $(INSTALLED) requirements-parity.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-parity.txt -c constraints.txt
+	@touch $@
+
+$(BROWSER): $(INSTALLED) requirements-browser.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-browser.txt -c constraints.txt
 	@touch $@
 
 $(FUZZ): $(INSTALLED) requirements-fuzz.txt

@@ -4,7 +4,9 @@
 
 Every page of _toc.yml exists; every link and anchor inside the book leads somewhere; no script,
 style, image or font comes from another host; no markup is left over as text; every image says what
-it shows. (Links to other sites are fine, and are not followed.)
+it shows. (Links to other sites are fine, and are not followed.) And every page of _toc.yml has what
+stands around it: a title of its own, a description, a preview, its neighbours, and the buttons to
+Colab, the source, the repository and its issues, at the addresses that _config.yml chooses.
 """
 
 import re
@@ -43,6 +45,7 @@ class Page(HTMLParser):
     def __init__(self, path):
         super().__init__()
         self.ids, self.links, self.loads, self.prose, self.faults = set(), [], [], [], []
+        self.meta, self.relations, self.title = {}, {}, ""
         self.open, self.verbatim = [], 0
         self.feed(path.read_text(encoding="utf-8"))
         self.close()
@@ -52,6 +55,10 @@ class Page(HTMLParser):
         self.ids |= {attributes[k] for k in ("id", "name") if k in attributes}
         if tag == "a" and "href" in attributes:
             self.links.append(attributes["href"])
+        if tag == "meta":
+            self.meta[attributes.get("property") or attributes.get("name")] = attributes.get("content")
+        if tag == "link":
+            self.relations[attributes.get("rel")] = attributes["href"]
         if tag == "link" and set(attributes.get("rel", "").split()) & LOADING_RELATIONS:
             self.loads.append(attributes["href"])
         self.loads += [attributes[a] for t, a in LOADS if t == tag and a in attributes]
@@ -74,6 +81,8 @@ class Page(HTMLParser):
                     break
 
     def handle_data(self, data):
+        if self.open and self.open[-1][0] == "title" and "svg" not in dict(self.open):
+            self.title += data
         if not self.verbatim:
             self.prose.append(data)
         elif self.open and self.open[-1][0] == "style":
@@ -112,6 +121,42 @@ def check_links(path, page, pages, folder):
                 yield f"broken anchor: {url}"
 
 
+def check_shell(names, name, page, config):
+    """What stands around the text of a page of _toc.yml. ``names`` has all of them, in order."""
+    repository, branch = config["repository"]["url"], config["repository"]["branch"]
+    base = config["html"]["baseurl"]
+    source = next(f"{name}{end}" for end in (".ipynb", ".md") if (ROOT / f"{name}{end}").exists())
+    address = f"{base}{name}.html"
+    expected = {
+        repository,
+        f"{repository}/edit/{branch}/{source}",
+        f"{repository}/issues/new?title=Issue%20on%20page%20%2F{name}.html"
+        "&body=Your%20issue%20content%20here.",
+        f"../_sources/{source}",
+    }
+    if source.endswith(".ipynb"):
+        colab = config["launch_buttons"]["colab_url"]
+        path = repository.removeprefix("https://github.com/")
+        expected.add(f"{colab}/github/{path}/blob/{branch}/{source}")
+    yield from (f"no button to {url}" for url in sorted(expected - set(page.links)))
+
+    for key in ("og:url", "canonical"):
+        if (page.meta | page.relations).get(key) != address:
+            yield f"{key} is not {address}"
+    for key in ("og:title", "og:description", "og:image:alt", "description"):
+        if len(page.meta.get(key) or "") < 5:
+            yield f"no {key}"
+    if page.meta.get("og:image") != f"{base}_static/social.png":
+        yield "no preview, or another one (og:image)"
+    if not page.relations.get("icon"):
+        yield "no favicon"
+    here = names.index(name)
+    for relation, k in (("prev", here - 1), ("next", here + 1)):
+        wanted = f"{names[k].split('/')[-1]}.html" if 0 <= k < len(names) else None
+        if page.relations.get(relation) != wanted:
+            yield f"{relation} is {page.relations.get(relation)}, not {wanted}"
+
+
 def check(folder):
     """All faults, as lines of text; and the number of pages."""
     folder = folder.resolve()
@@ -119,10 +164,18 @@ def check(folder):
         path: Page(path) for path in sorted(folder.rglob("*.html")) if "_static" not in path.parts
     }
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    faults = []
-    for name in toc_files(toc):
-        if folder / f"{name}.html" not in pages:
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    names = list(toc_files(toc))
+    faults, titles = [], {}
+    for name in names:
+        if not (page := pages.get(folder / f"{name}.html")):
             faults.append(f"_toc.yml: no page {name}.html")
+            continue
+        faults += [f"{name}.html: {fault}" for fault in check_shell(names, name, page, config)]
+        if (other := titles.setdefault(page.title.strip(), name)) != name:
+            faults.append(f"{name}.html: its title, {page.title!r}, is also that of {other}.html")
+    if not (folder / "_static" / "social.png").is_file():
+        faults.append("_static/social.png, the preview, is not there")
     for path, page in pages.items():
         found = list(page.faults)
         found += check_links(path, page, pages, folder)

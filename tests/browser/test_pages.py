@@ -95,6 +95,7 @@ def test_on_paper_what_is_cut_off_is_found(book):
 
 
 PRINTED = """() => {
+  dispatchEvent(new Event("beforeprint"));
   const faults = [], width = document.documentElement.clientWidth;
   for (const element of document.querySelectorAll("article *:not(svg *):not(mjx-container *)")) {
     const style = getComputedStyle(element);

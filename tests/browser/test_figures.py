@@ -1,0 +1,83 @@
+"""Every figure that a reader can drive reacts: to the mouse, to a finger, to the keys."""
+
+import itertools
+import re
+
+import pytest
+
+from tests.browser.reader import HTML, pages
+
+FIGURES = [
+    (page, name)
+    for page in pages()
+    for name in re.findall(
+        r'<div class="book-frames" id="(\w+)"', (HTML / page).read_text(encoding="utf-8")
+    )
+]
+
+# What is seen of a figure: which frames of the drawing, which sentence, which button of each row.
+STATE = """figure => ({
+  drawn: [...figure.querySelectorAll("svg g.f")].flatMap((g, i) => g.checkVisibility() ? [i] : []),
+  said: [...figure.querySelectorAll("p .f")].filter(s => s.checkVisibility()).map(s => s.textContent),
+  chosen: [...figure.querySelectorAll("input")].flatMap((b, i) => b.checked ? [i] : []),
+})"""
+DRIVEN = ".book-frames input"
+OTHER = "main :is(input, select, textarea, canvas, video, iframe, .js-plotly-plot)"
+
+
+@pytest.mark.parametrize("page, name", FIGURES)
+@pytest.mark.parametrize("width", [390, 1280])
+def test_every_button_shows_its_own_frame(book, page, name, width):
+    with book.open(page, width) as tab:
+        figure = tab.locator(f"#{name}")
+        rows = [row.locator("label") for row in figure.locator("fieldset").all()]
+        seen = set()
+        for choice in itertools.product(*(range(row.count()) for row in rows)):
+            for row, k in zip(rows, choice, strict=True):
+                row.nth(k).click()
+            state = figure.evaluate(STATE)
+            assert len(state["said"]) == 1 and state["drawn"], choice
+            assert len(state["chosen"]) == len(rows), choice
+            seen.add((state["said"][0], *state["drawn"]))
+        assert len(seen) > 1 and len({drawn for _, *drawn in map(list, seen) for drawn in drawn}) > 1
+        assert tab.errors == [] and tab.outside == []
+
+
+@pytest.mark.parametrize("page, name", FIGURES)
+def test_figures_are_driven_from_the_keyboard(book, page, name):
+    with book.open(page) as tab:
+        figure = tab.locator(f"#{name}")
+        # The next Tab starts from here, as it does where a reader has clicked into the text.
+        figure.evaluate("figure => getSelection().collapse(figure.previousSibling ?? figure, 0)")
+        figure.evaluate("figure => getSelection().collapse(figure, 0)")
+        for row in figure.locator("fieldset").all():
+            tab.keyboard.press("Tab")
+            inside = row.evaluate("row => row.contains(document.activeElement)")
+            assert inside, "Tab leads to the row of buttons"
+            outline = tab.evaluate(
+                "getComputedStyle(document.activeElement.nextElementSibling).outlineStyle"
+            )
+            assert outline != "none", "the button that has the focus shows it"
+            before = figure.evaluate(STATE)
+            tab.keyboard.press("ArrowRight")
+            after = figure.evaluate(STATE)
+            assert before["chosen"] != after["chosen"] and before["said"] != after["said"]
+            tab.keyboard.press("ArrowLeft")
+            assert figure.evaluate(STATE) == before
+
+
+def test_there_are_figures_to_drive():
+    assert FIGURES
+
+
+@pytest.mark.parametrize("page", pages())
+def test_no_figure_is_without_a_test(book, page):
+    """A new kind of figure needs a test of its own here."""
+    if page == "search.html":
+        pytest.skip("its only control is the search field")
+    with book.open(page) as tab:
+        others = tab.locator(OTHER).evaluate_all(
+            f"all => all.filter(e => !e.matches('{DRIVEN}') && e.checkVisibility())"
+            ".map(e => e.outerHTML.slice(0, 120))"
+        )
+    assert [e for e in others if "sd-tab" not in e and "sidebar" not in e] == []

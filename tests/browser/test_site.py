@@ -1,0 +1,137 @@
+"""What holds the pages together: search, keyboard, menus, copy buttons, themes."""
+
+import html
+import re
+
+import pytest
+
+from tests.browser.reader import HTML, pages
+
+GLOSSARY = [
+    html.unescape(re.sub(r"<[^>]+>", "", term)).strip("# \n")
+    for term in re.findall(
+        r'<dt id="term-[^>]*>(.*?)<a class="headerlink"',
+        (HTML / "book" / "notation.html").read_text(encoding="utf-8"),
+        flags=re.DOTALL,
+    )
+]
+CHAPTERS = [page for page in pages() if re.match(r"book/\d\d_", page)]
+
+
+def test_search_finds_every_word_of_the_glossary(book):
+    assert len(GLOSSARY) > 10
+    with book.open("search.html") as tab:
+        missing = []
+        for word in [*GLOSSARY, "softplus", "zero-order hold", "selective_scan"]:
+            tab.goto(f"{book.address}search.html?q={word.replace(' ', '+')}")
+            tab.wait_for_function(
+                "() => /^(Search finished|Your search did not match)/"
+                ".test(document.querySelector('.search-summary')?.textContent.trim() ?? '')"
+            )
+            if not tab.locator("#search-results li a").count():
+                missing.append(word)
+        assert missing == []
+        tab.goto(f"{book.address}search.html?q=qqqxyzzy")
+        tab.wait_for_function(
+            "() => /did not match/.test(document.querySelector('.search-summary')?.textContent)"
+        )
+        assert tab.locator("#search-results li a").count() == 0
+        assert tab.errors == []
+
+
+def test_search_opens_from_the_keyboard_and_from_the_button(book):
+    with book.open("book/index.html") as tab:
+        for opening in (
+            lambda: tab.keyboard.press("Control+k"),
+            lambda: tab.locator(".search-button").first.click(),
+        ):
+            opening()
+            field = tab.locator("dialog[open] input[type=search]")
+            field.wait_for()
+            assert field.evaluate("field => field === document.activeElement")
+            tab.keyboard.press("Escape")
+            tab.locator("dialog[open]").wait_for(state="detached")
+
+
+@pytest.mark.parametrize("page", ["book/index.html", CHAPTERS[1]])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_keyboard_alone_is_enough(book, page, width):
+    with book.open(page, width) as tab:
+        tab.keyboard.press("Tab")
+        assert tab.evaluate("document.activeElement.textContent").strip() == "Skip to main content"
+        assert tab.evaluate("document.activeElement.getBoundingClientRect().top") >= 0
+        tab.keyboard.press("Enter")
+        assert tab.evaluate("location.hash") == "#main-content"
+        for _ in range(25):
+            tab.keyboard.press("Tab")
+            assert tab.evaluate(FOCUS_IS_SEEN) is True
+
+
+FOCUS_IS_SEEN = """() => {
+  const focused = document.activeElement;
+  if (focused === document.body) return true;
+  const shows = (element) => {
+    const { outlineStyle, outlineWidth, boxShadow } = getComputedStyle(element);
+    return (outlineStyle !== "none" && parseFloat(outlineWidth) > 0) || boxShadow !== "none";
+  };
+  const label = focused.matches("input") ? [focused.nextElementSibling, focused.labels?.[0]] : [];
+  return [focused, ...label].some((element) => element && shows(element)) || focused.outerHTML;
+}"""
+
+
+def test_a_focus_that_does_not_show_is_found(book):
+    hide = "<style>* {outline: none !important; box-shadow: none !important}</style></head>"
+    alter = lambda text: text.replace("</head>", hide)  # noqa: E731
+    with book.open("book/notation.html", alter=alter) as tab:
+        tab.keyboard.press("Tab")
+        assert tab.evaluate(FOCUS_IS_SEEN) is not True
+
+
+def test_menus_open_from_the_keyboard(book):
+    with book.open(CHAPTERS[0]) as tab:
+        for name in ("launch", "source", "download"):
+            menu = tab.locator(f".dropdown-{name}-buttons")
+            menu.locator("button").first.focus()
+            tab.keyboard.press("Enter")
+            menu.locator(".dropdown-menu.show").wait_for()
+            tab.keyboard.press("Escape")
+
+
+def test_a_listing_is_copied_as_it_stands(book):
+    with book.open(CHAPTERS[0]) as tab:
+        tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        cell = tab.locator(".cell_input div.highlight").nth(1)
+        cell.hover()
+        cell.locator("button.copybtn").click()
+        copied = tab.evaluate("navigator.clipboard.readText()")
+        assert copied.strip() == cell.locator("pre").inner_text().strip()
+
+
+def test_the_reader_chooses_the_theme(book):
+    with book.open("book/index.html") as tab:
+        button = tab.locator(".theme-switch-button").first
+        seen = set()
+        for _ in range(3):
+            button.click()
+            seen.add(tab.evaluate("document.documentElement.dataset.mode"))
+        assert seen == {"light", "dark", "auto"}
+
+
+def test_previous_and_next_lead_through_the_whole_book(book):
+    with book.open("book/index.html") as tab:
+        trail = ["book/index.html"]
+        while (link := tab.locator("a.right-next")).count():
+            link.click()
+            tab.wait_for_load_state("domcontentloaded")
+            trail.append(tab.url.removeprefix(book.address))
+        listed = [page for page in pages() if page.startswith("book/")]
+        assert sorted(trail) == sorted(listed)
+        back = tab.locator("a.left-prev")
+        assert back.get_attribute("href") == trail[-2].removeprefix("book/")
+
+
+def test_the_address_of_the_site_leads_to_the_landing_page(book):
+    with book.open("search.html") as tab:
+        tab.goto(book.address)
+        tab.wait_for_url("**/book/index.html")
+        assert tab.title() == "The Annotated Mamba in JAX"
