@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PORT ?= 8000
 ARGS ?=
+VERSIONS ?= newest
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -14,7 +15,7 @@ BROWSER := .venv/.installed-browser
 export JAX_PLATFORMS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve test browser parity network-test fuzz portability bench chapter lint clean
+.PHONY: help book serve test browser versions badges parity network-test fuzz portability bench chapter lint clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -47,6 +48,16 @@ fuzz: $(FUZZ) ## search for weights files that break the readers (installs ather
 
 portability: $(INSTALLED) ## the notebooks again, as on a CPU without wide vector instructions
 	XLA_FLAGS=--xla_cpu_max_isa=SSE4_2 $(BIN)/pytest --nbval -n 2 --dist loadfile book
+
+versions: ## the tests with the newest packages, or the oldest admitted ones (VERSIONS=oldest)
+	$(PYTHON) -m venv --clear .venv-$(VERSIONS)
+	.venv-$(VERSIONS)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-$(VERSIONS)/bin/uv pip install --quiet --python .venv-$(VERSIONS)/bin/python -e ".[book,test]" \
+		--resolution $(if $(filter oldest,$(VERSIONS)),lowest-direct,highest)
+	.venv-$(VERSIONS)/bin/pytest --nbval -n 2 --dist loadfile --junitxml _build/$(VERSIONS).xml $(ARGS)
+
+badges: ## a badge per chapter, from what make versions found
+	.venv-$(VERSIONS)/bin/python scripts/badges.py _build/$(VERSIONS).xml _build/badges
 
 bench: $(INSTALLED) ## run the benchmarks
 	@set -e; for file in benchmarks/[a-z]*.py; do echo "$$file"; $(BIN)/python "$$file" $(ARGS); done

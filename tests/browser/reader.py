@@ -38,6 +38,11 @@ AXE = {(1280, "light"): None, (1280, "dark"): CONTRAST, (390, "dark"): None}  # 
 HERE = Path(__file__).parent
 MEASURE = (HERE / "measure.js").read_text(encoding="utf-8")
 RUN_AXE = (HERE / "run_axe.js").read_text(encoding="utf-8")
+# Solutions and folded cells are read, too. The site's own script opens those that it closed.
+UNFOLD = """() => {
+  dispatchEvent(new Event("beforeprint"));
+  for (const details of document.querySelectorAll("details")) details.open = true;
+}"""
 SETTLED = "() => Promise.all([window.MathJax?.startup?.promise, document.fonts.ready])"
 
 
@@ -134,6 +139,7 @@ class Reader:
         """{view: findings} for views of one load: measure.js in each, then axe where AXE says so."""
         found = {}
         with self.open(page, *views[0], alter=alter) as tab:
+            tab.evaluate(UNFOLD)
             for view in views:
                 self.show(tab, view)
                 found[view] = tab.evaluate(MEASURE) | {"axe": []}
