@@ -56,7 +56,8 @@ class Page(HTMLParser):
         if tag == "a" and "href" in attributes:
             self.links.append(attributes["href"])
         if tag == "meta":
-            self.meta[attributes.get("property") or attributes.get("name")] = attributes.get("content")
+            name = attributes.get("property") or attributes.get("name")
+            self.meta[name] = attributes.get("content")
         if tag == "link":
             self.relations[attributes.get("rel")] = attributes["href"]
         if tag == "link" and set(attributes.get("rel", "").split()) & LOADING_RELATIONS:

@@ -48,9 +48,10 @@ def test_what_is_to_be_run_exists():
     assert set(re.findall(r"\bmake ([a-z-]+)", TEXT)) <= targets
     for path in re.findall(r"\b(?:scripts|tests|book|mamba|benchmarks)/[\w./]+", TEXT):
         name = path.rstrip("./")
-        assert name in ("book/11_name.ipynb", "book/03_", "mamba/x.py", "tests/test_x.py") or (
-            ROOT / name
-        ).exists(), name
+        assert (
+            name in ("book/11_name.ipynb", "book/03_", "mamba/x.py", "tests/test_x.py")
+            or (ROOT / name).exists()
+        ), name
 
 
 def test_the_citation_is_of_this_version():
@@ -62,3 +63,14 @@ def test_the_citation_is_of_this_version():
     assert citation["repository-code"] == config["repository"]["url"]
     assert citation["url"] == config["html"]["baseurl"]
     assert citation["title"] in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_chapter_has_its_badge():
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    raw = config["repository"]["url"].replace("github.com", "raw.githubusercontent.com")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    chapters = [c["file"] for p in toc["parts"] if p.get("numbered") for c in p["chapters"]]
+    for name in chapters:
+        (row,) = [line for line in readme.splitlines() if f"]({name}.ipynb)" in line]
+        assert f"{raw}/badges/{name.split('/')[-1]}.json" in row

@@ -24,9 +24,9 @@ FLAGS = (  # no sandbox: Chromium refuses to start one as root, and it only meet
 ).split()
 TIMEOUT = 120_000  # ms, for a busy machine: nothing here is a statement about speed
 
-# A phone and a laptop, in both themes; and 640 px, which is the laptop at a zoom of 200 %. A page is
-# loaded once per line, as the first view, and the others follow in the same tab: as when a reader
-# turns the phone, or the evening comes.
+# A phone and a laptop, in both themes; and 640 px, which is the laptop at a zoom of 200 %. A page
+# is loaded once per line, as the first view, and the others follow in the same tab: as when a
+# reader turns the phone, or the evening comes.
 LOADS = [
     [(1280, "light"), (1280, "dark"), (640, "light")],
     [(390, "dark"), (390, "light")],
@@ -47,7 +47,7 @@ SETTLED = "() => Promise.all([window.MathJax?.startup?.promise, document.fonts.r
 
 
 def find_browser():
-    """The path of a Chromium: $BROWSER_PATH, or the first of NAMES on the PATH; None without one."""
+    """The path of a Chromium: $BROWSER_PATH, or the first of NAMES there is; None without one."""
     if chosen := os.environ.get("BROWSER_PATH"):
         if not (found := shutil.which(chosen)):
             raise FileNotFoundError(f"BROWSER_PATH={chosen}: there is no such program")
@@ -136,7 +136,7 @@ class Reader:
         return self.visits[page]
 
     def look(self, page, views, alter=None):
-        """{view: findings} for views of one load: measure.js in each, then axe where AXE says so."""
+        """{view: findings} for the views of one load: measure.js in each, axe where AXE says so."""
         found = {}
         with self.open(page, *views[0], alter=alter) as tab:
             tab.evaluate(UNFOLD)

@@ -10,6 +10,7 @@ each_page = pytest.mark.parametrize("page", pages())
 each_view = pytest.mark.parametrize("view", VIEWS, ids=lambda view: f"{view[0]}-{view[1]}")
 
 PAGE_BYTES, SITE_BYTES = 3_000_000, 40_000_000
+ARTICLE = '<article class="bd-article">'
 PAPER = 718  # px: A4 between margins of 1 cm
 
 # What is broken on purpose -> where the finding must stand, and a word of it.
@@ -33,6 +34,11 @@ FAULTS = {
 }
 
 
+def inject(fault):
+    """The page with this at the beginning of its text."""
+    return lambda text: text.replace(ARTICLE, ARTICLE + fault, 1)
+
+
 @each_page
 @each_view
 @pytest.mark.parametrize("what", ["errors", "outside", "overflow", "images", "equations", "axe"])
@@ -42,13 +48,9 @@ def test_page(book, page, view, what):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_is_broken_is_found(book, fault):
-    def alter(text):
-        assert '<article class="bd-article">' in text
-        return text.replace('<article class="bd-article">', '<article class="bd-article">' + fault)
-
     what, word = FAULTS[fault]
     for views in LOADS:
-        found = book.look("book/notation.html", views[:1], alter)
+        found = book.look("book/notation.html", views[:1], inject(fault))
         assert any(word in line for line in found[views[0]][what]), found
 
 
@@ -77,19 +79,14 @@ def test_on_paper(book, page):
 
 
 def test_on_paper_what_is_cut_off_is_found(book):
+    style = "<style>details::details-content {content-visibility: hidden !important}</style>"
     for fault in (
         "<pre style='overflow: auto; white-space: pre !important'>" + 200 * "wide " + "</pre>",
         "<details><summary>more</summary><p>folded away</p></details>",
         "<p style='width: 1500px'>wide</p>",
     ):
-        style = "<style>details::details-content {content-visibility: hidden !important}</style>"
         with book.open(
-            "book/notation.html",
-            PAPER,
-            media="print",
-            alter=lambda text, fault=fault: text.replace(
-                '<article class="bd-article">', '<article class="bd-article">' + style + fault
-            ),
+            "book/notation.html", PAPER, media="print", alter=inject(style + fault)
         ) as tab:
             assert tab.evaluate(PRINTED) != [], fault
 
@@ -100,9 +97,10 @@ PRINTED = """() => {
   for (const element of document.querySelectorAll("article *:not(svg *):not(mjx-container *)")) {
     const style = getComputedStyle(element);
     const box = element.getBoundingClientRect();
-    const said = `${element.tagName} ${element.className} ${element.textContent.trim().slice(0, 60)}`;
+    const text = element.textContent.trim();
+    const said = `${element.tagName} ${element.className} ${text.slice(0, 60)}`;
     if (element.closest("details:not([open])") && !element.closest("summary")
-        && element.textContent.trim() && !element.checkVisibility({contentVisibilityAuto: true})
+        && text && !element.checkVisibility({contentVisibilityAuto: true})
         && style.display !== "none") {
       faults.push(`folded: ${said}`);
     }
