@@ -18,7 +18,7 @@ FIGURES = [
 # What is seen of a figure: which frames of the drawing, which sentence, which button of each row.
 STATE = """figure => ({
   drawn: [...figure.querySelectorAll("svg g.f")].flatMap((g, i) => g.checkVisibility() ? [i] : []),
-  said: [...figure.querySelectorAll("p .f")].flatMap(s => s.checkVisibility() ? [s.textContent] : []),
+  said: [...figure.querySelectorAll("p .f")].filter(s => s.checkVisibility()).map(s => s.innerText),
   chosen: [...figure.querySelectorAll("input")].flatMap((b, i) => b.checked ? [i] : []),
 })"""
 DRIVEN = ".book-frames input"
