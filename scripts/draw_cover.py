@@ -1,10 +1,11 @@
-"""Draw the picture on the landing page and in the README: the six chapters, each by its own code.
+"""Draw the cover, what previews of links show, and the six chapters, each by its own code.
 
-    python scripts/draw_cover.py        # writes book/_static/cover.svg
+    python scripts/draw_cover.py        # writes cover.svg, social.png, chapters.svg in book/_static
 
-Every panel is computed with the module, the third and the last with the checkpoint that ships with
-it. The ink is a grey that is legible on a light and on a dark page: an image cannot take the
-page's colour.
+The cover: a line of Python, read by one state of the checkpoint that ships with the module, and the
+tree in which its scan composes the steps. What is lit is what the state still holds at the end.
+Everything is computed with the module. The ink is a grey that is legible on a light and on a dark
+page: an image cannot take the page's colour.
 """
 
 from pathlib import Path
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import to_rgb
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from mamba import EMBEDDED, Mamba, generate
@@ -21,8 +23,10 @@ from mamba.lti import exact_solution, recurrence
 from mamba.pretrained import load_tokenizer
 from mamba_book import COLORS
 
-TARGET = Path(__file__).resolve().parents[1] / "book" / "_static" / "cover.svg"
+STATIC = Path(__file__).resolve().parents[1] / "book" / "_static"
 INK = "#7d8590"
+LINE = "def mean(values):\n    return sum(values) / len("
+STATE = 4, 174, 9  # layer, channel, component: one of many, and one that holds on to a call
 PROMPT = "def mean(values):\n    return sum("
 A = jnp.array([[0.0, 1.0], [-4.0, -0.6]])  # a mass on a spring, with friction
 B, C = jnp.array([0.0, 4.0]), jnp.array([1.0, 0.0])
@@ -60,19 +64,84 @@ def selective(ax, model, params, tokenizer):
     ax.tick_params(length=0)
 
 
-def mean_delta(model, params, tokens):
-    """What `dt_proj` gave in every layer, through softplus, mean over channels: (n_layer, l)."""
+def shares(model, params, tokenizer):
+    """The words of LINE, and which share of STATE's memory each of them is at the end.
+
+    Under zero-order hold, with B = 1, a state is a weighted mean of its inputs, and of the 0 from
+    which it starts: token s weighs 1 - exp(Δ_s A), times exp(Δ A) of every later one.
+    """
+    layer, channel, n = STATE
+    ids = tokenizer.encode(LINE).ids
+    raw = dt_proj_outputs(model, params, jnp.array([ids]))[layer][:, channel]
+    rate = jnp.exp(params[f"layers_{layer}"]["mixer"]["A_log"][channel, n])
+    decay = jnp.exp(-rate * jax.nn.softplus(raw))
+    kept = jnp.append(jnp.cumprod(decay[:0:-1])[::-1], 1.0)
+    words = [tokenizer.decode([i]).replace("\n", "⏎").replace(" ", "") for i in ids]
+    return words, np.asarray((1 - decay) * kept)
+
+
+def mix(share, ink):
+    """From the ink, for what is forgotten, to the colour of the state."""
+    weight = min(1.0, share**0.5 * 1.4)
+    low, high = np.array(to_rgb(ink)), np.array(to_rgb(COLORS["h"]))
+    return tuple((1 - weight) * low + weight * high)
+
+
+def hero(ax, words, share, ink=INK, size=11.0):
+    """The tokens in a row, the tree above them, and what came through lit."""
+    level, nodes = 0, [(float(x), 0.0, float(s)) for x, s in enumerate(share)]
+    for (x, y, s), word in zip(nodes, words, strict=True):
+        style = {"color": mix(s, ink), "weight": "bold" if s > 0.1 else "normal"}
+        ax.text(x + 0.15, y - 0.35, word, rotation=50, ha="right", va="top", rotation_mode="anchor",
+                family="monospace", fontsize=size, **style)  # fmt: skip
+    while nodes:
+        for x, y, s in nodes:
+            ax.plot(x, y, "o", ms=size * (0.45 + 1.3 * s**0.5), color=mix(s, ink), zorder=2 + s)
+        if len(nodes) == 1:
+            break
+        level += 1
+        parents = []
+        for pair in (nodes[k : k + 2] for k in range(0, len(nodes), 2)):
+            here = sum(x for x, _, _ in pair) / len(pair), 1.15 * level, sum(s for *_, s in pair)
+            for x, y, s in pair:
+                ax.plot([x, here[0]], [y, here[1]], color=mix(s, ink), lw=1 + 5 * s, zorder=1 + s,
+                        solid_capstyle="round")  # fmt: skip
+            parents.append(here)
+        nodes = parents
+    ax.set(xlim=(-1, len(words) - 0.2), ylim=(-2.6, 1.15 * level + 0.5))
+    ax.axis("off")
+
+
+def social(words, share):
+    """1200 x 630, dark: what is seen where a link to the book is passed on."""
+    fig = plt.figure(figsize=(12, 6.3), dpi=100, layout="none")
+    hero(fig.add_axes((0.42, 0.04, 0.56, 0.92)), words, share, ink="#6d7681", size=14)
+    fig.text(
+        0.05, 0.66, "The Annotated\nMamba, in JAX", color="#f2f4f7", fontsize=42, weight="bold"
+    )
+    fig.text(0.05, 0.44, "From a mass on a spring\nto a pretrained language model,\n"
+             "every step checked.", color="#b9c1cb", fontsize=20, linespacing=1.4)  # fmt: skip
+    fig.text(0.05, 0.09, "Lit: what one state still holds\nafter reading this line of Python.",
+             color=COLORS["h"], fontsize=15, linespacing=1.4)  # fmt: skip
+    fig.savefig(STATIC / "social.png", facecolor="#12161c", metadata={"Software": None})
+
+
+def dt_proj_outputs(model, params, tokens):
+    """What `dt_proj` gave in every layer, before softplus: a list of (l, d)."""
     _, seen = model.apply(
         {"params": params},
         tokens,
         capture_intermediates=lambda module, _: module.name == "dt_proj",
     )
     layers = seen["intermediates"]
-    values = [
-        layers[f"layers_{i}"]["mixer"]["dt_proj"]["__call__"][0][0]
-        for i in range(model.config.n_layer)
-    ]
-    return np.stack([jax.nn.softplus(v).mean(axis=-1) for v in values])
+    names = [f"layers_{i}" for i in range(model.config.n_layer)]
+    return [layers[name]["mixer"]["dt_proj"]["__call__"][0][0] for name in names]
+
+
+def mean_delta(model, params, tokens):
+    """Δ in every layer, mean over channels: (n_layer, l)."""
+    outputs = dt_proj_outputs(model, params, tokens)
+    return np.stack([jax.nn.softplus(raw).mean(axis=-1) for raw in outputs])
 
 
 def tree(ax):
@@ -146,6 +215,14 @@ def main():
     plt.rcParams.update(
         dict.fromkeys(names.split(), INK) | {"svg.hashsalt": "cover", "font.size": 10}
     )
+    words, share = shares(model, params, tokenizer)
+    for word, part in zip(words, share, strict=True):
+        print(f"{part:5.2f} {word}")
+    fig, ax = plt.subplots(figsize=(6.4, 4.0))
+    hero(ax, words, share)
+    fig.savefig(STATIC / "cover.svg", metadata={"Date": None, "Creator": None})
+    social(words, share)
+
     fig, axes = plt.subplots(2, 3, figsize=(9.6, 5.4))
     panels = [
         ("1  A state remembers", continuous),
@@ -162,8 +239,8 @@ def main():
         ax.set_yticks([])
         if draw in (continuous, discretized, tree, block) or title.startswith("6"):
             ax.set_xticks([])
-    fig.savefig(TARGET, metadata={"Date": None, "Creator": None})
-    print(f"wrote {TARGET}")
+    fig.savefig(STATIC / "chapters.svg", metadata={"Date": None, "Creator": None})
+    print(f"wrote cover.svg, social.png and chapters.svg in {STATIC}")
 
 
 if __name__ == "__main__":
