@@ -24,13 +24,6 @@ def book():
         browser.close()
 
 
-def pytest_collection_modifyitems(items):
-    here = reader.HERE.as_posix()
-    for item in items:
-        if item.path.as_posix().startswith(here):
-            item.add_marker("browser")
-
-
 def pytest_terminal_summary(terminalreporter, config):
     """What no test asserts: how soon each page was there, and what it weighs."""
     visits = getattr(config, "visits", {})

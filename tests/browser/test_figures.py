@@ -7,6 +7,7 @@ import pytest
 
 from tests.browser.reader import HTML, pages
 
+pytestmark = pytest.mark.browser
 FIGURES = [
     (page, name)
     for page in pages()

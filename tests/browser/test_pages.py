@@ -6,6 +6,7 @@ import pytest
 
 from tests.browser.reader import HTML, LOADS, VIEWS, pages
 
+pytestmark = pytest.mark.browser
 each_page = pytest.mark.parametrize("page", pages())
 each_view = pytest.mark.parametrize("view", VIEWS, ids=lambda view: f"{view[0]}-{view[1]}")
 

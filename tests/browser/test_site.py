@@ -7,6 +7,7 @@ import pytest
 
 from tests.browser.reader import HTML, pages
 
+pytestmark = pytest.mark.browser
 FIRST, SECOND = "book/01_continuous_ssm.html", "book/02_discretization.html"
 
 
