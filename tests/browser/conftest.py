@@ -28,7 +28,7 @@ def pytest_terminal_summary(terminalreporter, config):
     """What no test asserts: how soon each page was there, and what it weighs."""
     visits = getattr(config, "visits", {})
     if visits:
-        terminalreporter.section("pages at 1280 px, from loopback, uncompressed")
+        terminalreporter.section("pages at 1280 px, from loopback, compressed")
     for page, views in visits.items():
         seen = views[1280, "light"]
         terminalreporter.write_line(

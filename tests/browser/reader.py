@@ -6,6 +6,7 @@ down. The browser is the system's own: Playwright's download is not used.
 """
 
 import functools
+import gzip
 import http.server
 import importlib.resources
 import os
@@ -62,13 +63,33 @@ def pages():
     return [name for name in names if name != "index.html"]  # only leads to book/index.html
 
 
+@functools.cache
+def compressed(path):
+    return gzip.compress(path.read_bytes(), compresslevel=6)
+
+
 @contextmanager
 def served(folder):
-    """The folder on a free port of loopback: yields the address, with a slash at its end."""
+    """The folder on a free port of loopback: yields the address, with a slash at its end.
+
+    Text is sent compressed, as GitHub Pages and every other host of static pages sends it.
+    """
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
             pass
+
+        def do_GET(self):
+            path = Path(self.translate_path(self.path))
+            if path.suffix not in (".html", ".css", ".js", ".svg") or not path.is_file():
+                return super().do_GET()
+            body = compressed(path)
+            self.send_response(200)
+            self.send_header("Content-Type", self.guess_type(path.name))
+            self.send_header("Content-Encoding", "gzip")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
 
         def handle(self):
             try:
@@ -112,8 +133,8 @@ class Reader:
             route.abort()
 
         def altered(route):
-            response = route.fetch()
-            route.fulfill(response=response, body=alter(response.text()))
+            text = (HTML / page).read_text(encoding="utf-8")
+            route.fulfill(content_type="text/html; charset=utf-8", body=alter(text))
 
         tab.on("console", note)
         tab.on("pageerror", lambda error: tab.errors.append(str(error)))
