@@ -1,0 +1,184 @@
+"""Figures with a slider for the first chapters, each one call: ``stability()`` and its neighbours.
+
+All are ``frames``: buttons, one picture for each value, a sentence that says what it shows, and no
+script. They compute in NumPy, from closed forms, so that a page may set them beside its own code.
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from mamba_book.figures import COLORS
+from mamba_book.interactive import frames
+
+__all__ = ["delta_gate", "leaky_bank", "spring_twin", "stability"]
+
+STIFFNESS = 4.0  # of the spring, 1/s², with a mass of 1 kg: x″ = −4 x − friction · x′ + 4 u
+
+
+def _poles(friction):
+    """The two eigenvalues of the mass on its spring, in 1/s."""
+    return np.roots([1.0, friction, STIFFNESS]).astype(complex)
+
+
+def _free(friction, t):
+    """Where the mass is, let go at 1 at rest: exact, at the times t."""
+    a, b = _poles(friction)
+    return ((a * np.exp(b * t) - b * np.exp(a * t)) / (a - b)).real
+
+
+RULES = {  # what a step of length Δ multiplies a mode by, with z = λΔ
+    "ZOH": (lambda z: np.exp(z), "y"),
+    "Euler": (lambda z: 1 + z, "wrong"),
+    "bilinear": (lambda z: (1 + z / 2) / (1 - z / 2), "x"),
+}
+
+
+def stability():
+    """ZOH, Euler and bilinear against Δ: where λΔ lies, and the oscillation that comes out."""
+    friction, end = 0.6, 8.0
+    a, b = _poles(friction)
+
+    def draw(delta):
+        fig, (left, right) = plt.subplots(1, 2, figsize=(6.6, 3.2), width_ratios=(1, 1.5))
+        left.axvspan(-3, 0, color=COLORS["ref"], alpha=0.13, lw=0)
+        left.add_patch(plt.Circle((-1, 0), 1, color=COLORS["wrong"], alpha=0.25, lw=0))
+        for value in (a, b):
+            left.plot(delta * value.real, delta * value.imag, "o", color=COLORS["h"], ms=7)
+        left.set(xlim=(-3, 1), ylim=(-3, 3), aspect="equal", xlabel="Re λΔ", ylabel="Im λΔ")
+        left.text(-1, 0, "Euler", ha="center", va="center", fontsize=9)
+        left.text(-2.9, 2.5, "ZOH, bilinear", fontsize=9)
+        t = np.linspace(0, end, 400)
+        right.plot(t, _free(friction, t), color=COLORS["ref"], lw=4, alpha=0.5)
+        steps = np.arange(int(end / delta) + 1)
+        for factor, color in RULES.values():
+            p, q = factor(a * delta), factor(b * delta)
+            x = ((a * q**steps - b * p**steps) / (a - b)).real
+            shown = steps * delta, np.clip(x, -3, 3)
+            right.plot(*shown, "o-", color=COLORS[color], ms=4, lw=1.2)
+        for (name, (_, color)), y in zip(RULES.items(), (0.97, 0.88, 0.79), strict=True):
+            place = {"ha": "right", "va": "top", "transform": right.transAxes}
+            right.text(0.99, y, name, color=COLORS[color], **place)
+        right.set(xlim=(0, end), ylim=(-2, 2), xlabel="time (s)", ylabel="position")
+        size = abs(1 + a * delta)
+        fate = "grows" if size > 1 else "decays"
+        return fig, (
+            f"Δ = {delta} s. Euler multiplies the oscillation by {size:.2f} in a step, so it "
+            f"{fate}; the exact factor is {abs(np.exp(a * delta)):.2f}."
+        )
+
+    frames(
+        draw,
+        {"Δ (s)": [0.1, 0.15, 0.2, 0.4, 0.6, 0.8]},
+        start=(0.2,),
+        alt="Left: the plane of λΔ with the disc where Euler is stable and the half plane of ZOH "
+        "and bilinear; two points move outwards as Δ grows. Right: the oscillation by each rule. "
+        "Euler's explodes when the points have left its disc.",
+    )
+
+
+def spring_twin():
+    """The mass on its spring, and its discrete twin: one step per sample, by ZOH."""
+    end = 10.0
+
+    def response(friction, t):  # to an input of 1 that is switched on at 0
+        return 1 - _free(friction, t)
+
+    def position(friction, t):  # on at 0, off at 4 s
+        late = np.where(t > 4, response(friction, np.maximum(t - 4, 0)), 0)
+        return response(friction, t) - late
+
+    def draw(friction, delta):
+        fig, ax = plt.subplots(figsize=(6.2, 2.9))
+        t = np.linspace(0, end, 500)
+        ax.fill_between(t, (t < 4) * 1.0, color=COLORS["x"], alpha=0.2, lw=0, step="post")
+        ax.plot(t, position(friction, t), color=COLORS["ref"], lw=4, alpha=0.5)
+        times = np.arange(0, end + 1e-9, delta)
+        ax.vlines(times, 0, position(friction, times), color=COLORS["h"], lw=1, alpha=0.6)
+        ax.plot(times, position(friction, times), "o", color=COLORS["h"], ms=5)
+        ax.text(3.9, 0.06, "push", color=COLORS["x"], ha="right")
+        ax.set(xlim=(-0.1, end), ylim=(-0.9, 1.9), xlabel="time (s)", ylabel="position")
+        half = np.log(2) / -_poles(friction).real.max()
+        swings = "swings" if friction**2 < 4 * STIFFNESS else "creeps back without swinging"
+        per_step = np.exp(_poles(friction).real.max() * delta)
+        return fig, (
+            f"With friction {friction} the mass {swings}, and half of what is left is gone every "
+            f"{half:.1f} s. The twin with Δ = {delta} s keeps {per_step:.0%} in a step."
+        )
+
+    frames(
+        draw,
+        {"friction (1/s)": [0.2, 0.6, 2.0, 5.0], "Δ (s)": [0.25, 0.5, 1.0]},
+        start=(0.6, 0.5),
+        alt="Position of a mass that is pushed for four seconds and then let go: the exact curve, "
+        "and on it the points of the discrete twin. Friction changes how it swings, Δ how often it "
+        "is computed.",
+    )
+
+
+def leaky_bank():
+    """One signal, and what leaky integrators with different time constants remember of it."""
+    rng = np.random.default_rng(3)
+    step, n = 0.05, 400
+    t = step * np.arange(n)
+    signal = np.repeat(rng.choice([0.0, 0.4, 1.0], n // 25), 25)  # a level every 1.25 s
+
+    def draw(tau):
+        keep = np.exp(-step / tau)
+        h = np.zeros(n)
+        for k in range(1, n):
+            h[k] = keep * h[k - 1] + (1 - keep) * signal[k - 1]
+        age = t[-1] - t
+        fig, (above, below) = plt.subplots(2, 1, figsize=(6.2, 3.9), sharex=True)
+        above.fill_between(t, signal, color=COLORS["x"], alpha=0.3, lw=0, step="post")
+        above.plot(t, h, color=COLORS["h"])
+        above.set(ylim=(0, 1.1), ylabel="signal, state")
+        below.fill_between(t, np.exp(-age / tau), color=COLORS["h"], alpha=0.35, lw=0)
+        below.set(ylim=(0, 1.1), xlim=(0, t[-1]), xlabel="time (s)", ylabel="weight at the end")
+        return fig, (
+            f"A time constant of {tau} s: the state is a mean of the last {tau} s or so; what lies "
+            f"{2 * tau} s back counts {np.exp(-2.0):.0%} of what is new."
+        )
+
+    frames(
+        draw,
+        {"time constant (s)": [0.25, 0.5, 1, 2, 4, 8]},
+        start=(1,),
+        alt="Above, a signal of steps and the state of a leaky integrator that follows it; below, "
+        "the weight with which each moment counts in the state at the end. A longer time constant "
+        "gives a smoother state and a longer weight.",
+    )
+
+
+def delta_gate():
+    """Δ as a gate: how much of one token a state takes in, the other tokens as they are."""
+    tokens = np.array([0.6, 0.5, 0.7, 0.6, -0.9, 0.5, 0.6, 0.4, 0.6, 0.5])
+    place, usual = 4, 0.3  # which token's Δ the reader sets, and that of the others
+
+    def draw(delta):
+        steps = np.full(len(tokens), usual)
+        steps[place] = delta
+        h, states = 0.0, []
+        for x, d in zip(tokens, steps, strict=True):
+            keep = np.exp(-d)
+            h = keep * h + (1 - keep) * x
+            states.append(h)
+        fig, ax = plt.subplots(figsize=(6.2, 2.9))
+        colors = [COLORS["x"]] * len(tokens)
+        colors[place] = COLORS["delta"]
+        ax.bar(range(len(tokens)), tokens, color=colors, alpha=0.5, width=0.6)
+        ax.step(range(len(tokens)), states, where="mid", color=COLORS["h"])
+        ax.axhline(0, color=COLORS["ref"], lw=1)
+        ax.text(place, -0.98, f"Δ = {delta}", color=COLORS["delta"], ha="center", va="top")
+        ax.set(xlabel="token", ylabel="token, state", ylim=(-1.2, 1), xticks=range(len(tokens)))
+        return fig, (
+            f"With Δ = {delta} the state takes in {1 - np.exp(-delta):.0%} of this token and keeps "
+            f"{np.exp(-delta):.0%} of what it was."
+        )
+
+    frames(
+        draw,
+        {"Δ of the odd token": [0, 0.1, 0.3, 1, 3, 10]},
+        start=(0.3,),
+        alt="Ten tokens as bars, one of them negative, and the state as a line. With Δ = 0 at the "
+        "odd token the state passes over it; with a large Δ it jumps to it and forgets the rest.",
+    )
