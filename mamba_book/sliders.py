@@ -68,7 +68,7 @@ def stability():
 
     frames(
         draw,
-        {"Δ (s)": [0.1, 0.15, 0.2, 0.4, 0.6, 0.8]},
+        {"Δ (s)": [0.05, 0.1, 0.2, 0.4, 0.6, 0.8]},
         start=(0.2,),
         alt="Left: the plane of λΔ with the disc where Euler is stable and the half plane of ZOH "
         "and bilinear; two points move outwards as Δ grows. Right: the oscillation by each rule. "
