@@ -64,8 +64,8 @@ def canonical(notebook):
 
 def clean_output(output):
     output = nbformat.from_dict(output)
-    if "metadata" in output:
-        output.metadata = {}
+    if "metadata" in output:  # a name under which the page shows this output elsewhere: glue
+        output.metadata = {k: output.metadata[k] for k in ("scrapbook",) if k in output.metadata}
     output.pop("transient", None)
     return output
 
