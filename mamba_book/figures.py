@@ -69,8 +69,10 @@ STYLE = {
 mpl.rcParams.update(STYLE)
 
 
-def figure(fig, alt):
+def figure(fig, alt, glue=None):
     """Display a Matplotlib figure as inline SVG, described by ``alt``, and close it.
+
+    glue: a name under which the page may show the figure in another place, too.
 
     The SVG is as wide as its column, up to its natural size. Its ids are made from its content: the
     same on every run, and different from those of every other figure on the page.
@@ -82,7 +84,11 @@ def figure(fig, alt):
     svg = draw_svg(fig)
     prefix = "f" + hashlib.sha256(svg.encode()).hexdigest()[:8] + "-"
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", svg)
-    display({"text/html": describe_svg(svg, alt), "text/plain": f"figure: {alt}"}, raw=True)
+    bundle = {"text/html": describe_svg(svg, alt), "text/plain": f"figure: {alt}"}
+    if glue:
+        display(bundle, raw=True, metadata={"scrapbook": {"name": glue}})
+    else:
+        display(bundle, raw=True)
 
 
 def draw_svg(fig):

@@ -122,10 +122,6 @@ def test_a_chapter_has_all_its_parts(name):
         pytest.skip("not written yet")
     notebook = read(path)
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    exercises = re.findall(r"^```+\{exercise\}.*\n:label: (\S+)", prose, flags=re.MULTILINE)
-    solutions = re.findall(
-        r"^```+\{solution-start\} (\S+)\n:class: dropdown", prose, flags=re.MULTILINE
-    )
     figures = [
         output
         for cell in code_cells(path)
@@ -133,12 +129,55 @@ def test_a_chapter_has_all_its_parts(name):
         if "<svg" in output.get("data", {}).get("text/html", "")
     ]
     assert re.match(r"\(ch-[a-z-]+\)=\n# .+\n\n\*[^*]+\?\*", prose), "label, title, question"
-    assert 2 <= len(exercises) <= 4 and exercises == solutions
+    assert 2 <= len(solved_exercises(prose)) <= 4
     assert len(figures) >= 2
     assert ":class: takeaway" in prose
     assert re.search(r"\$\$ \(eq-\S+\)|:label: eq-", prose), "a numbered equation"
     for heading in ("What we checked", "Exercises", "Further reading"):
         assert re.search(rf"^## {heading}$", prose, flags=re.MULTILINE), heading
+
+
+def solved_exercises(prose):
+    """The labels of the exercises; each is followed by its solution, folded."""
+    exercises = re.findall(r"^```+\{exercise\}.*\n:label: (\S+)", prose, flags=re.MULTILINE)
+    solution = r"^```+\{solution-start\} (\S+)\n:class: dropdown"
+    assert exercises == re.findall(solution, prose, flags=re.MULTILINE)
+    return exercises
+
+
+@pytest.mark.parametrize("name", ["paper_vs_code", "verification"])
+def test_a_notebook_for_reference_has_its_parts(name):
+    """They are no chapters, and need no equation of their own; the rest holds for them, too."""
+    path = ROOT / "book" / f"{name}.ipynb"
+    prose = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    assert re.match(r"\(ch-[a-z-]+\)=\n# .+\n\n\*[^*]+\?\*", prose), "label, title, question"
+    assert 2 <= len(solved_exercises(prose)) <= 4
+    assert ":class: takeaway" in prose
+    for heading in ("Exercises", "Further reading"):
+        assert re.search(rf"^## {heading}$", prose, flags=re.MULTILINE), heading
+    # What stands at its top was made by a cell further down.
+    shown = set(re.findall(r"^```\{glue(?::md)?\} (\S+)$", prose, flags=re.MULTILINE))
+    outputs = [output for cell in code_cells(path) for output in cell.outputs]
+    made = [output.metadata["scrapbook"]["name"] for output in outputs if output.get("metadata")]
+    assert shown and sorted(made) == sorted(shown)
+
+
+def test_the_ledger_has_one_form_and_one_line_for_each_entry():
+    path = ROOT / "book" / "paper_vs_code.ipynb"
+    cells = [cell.source for cell in read(path).cells if cell.cell_type == "markdown"]
+    entries = [re.match(r"\(ledger-([a-z-]+)\)=\n### .+\n\n", source) for source in cells]
+    labels = [entry[1] for entry in entries if entry]
+    for entry, source in zip(entries, cells, strict=True):
+        if entry:
+            parts = re.findall(r"^\*\*(\w+)\.?\*\*", source, flags=re.MULTILINE)
+            assert parts == ["Paper", "Code", "Why", "Asked", "Number"], source
+    (table,) = (
+        output.data["text/markdown"]
+        for cell in code_cells(path)
+        for output in cell.outputs
+        if output.get("metadata")
+    )
+    assert re.findall(r"\(ledger-([a-z-]+)\)", table) == labels and len(labels) >= 16
 
 
 # --- the code in the book is the code in mamba/ ---------------------------------------------------

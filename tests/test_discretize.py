@@ -19,7 +19,7 @@ from mamba.discretize import (
     zoh,
     zoh_diag,
 )
-from tests.reference import relative_error
+from mamba_book.reference import relative_error
 
 # Compiled: one program for each rule and shape, instead of one for each operation.
 zoh, euler, bilinear = map(jax.jit, (zoh, euler, bilinear))

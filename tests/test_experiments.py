@@ -10,7 +10,7 @@ import pytest
 from mamba import Mamba, MambaConfig, corpus, experiments, train
 from mamba.experiments import PRESETS, Preset, evaluate_at, run
 from mamba.pretrained import load_tokenizer
-from tests.reference import random_params
+from tests.parameters import random_params
 
 TINY = Preset(
     "selective-copying",

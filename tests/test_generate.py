@@ -16,7 +16,7 @@ from mamba.generate import generate, stream
 from mamba.model import Mamba
 from mamba.prompt import _read, read_prompt, widen
 from mamba.text import TextWriter
-from tests.reference import random_params
+from tests.parameters import random_params
 
 compiled = importlib.import_module("mamba.generate")  # `mamba.generate` is the function
 SIZES = {"d_model": 16, "n_layer": 2, "d_state": 4, "tie_embeddings": False}

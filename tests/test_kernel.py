@@ -9,7 +9,7 @@ import pytest
 
 from mamba import kernel
 from mamba.kernel import CHUNK, GPU, TPU, pallas_scan
-from tests.reference import relative_error, selective_scan_gradients, selective_scan_loop
+from mamba_book.reference import relative_error, selective_scan_gradients, selective_scan_loop
 
 NAMES = ["x", "delta", "A", "B", "C", "D", "z", "h0"]
 

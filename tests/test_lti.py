@@ -16,7 +16,7 @@ from mamba.lti import (
     impulse_response,
     recurrence,
 )
-from tests.reference import relative_error
+from mamba_book.reference import relative_error
 
 # Compiled: one program for each function and shape, instead of one for each operation.
 zoh, exact_solution, impulse_response, recurrence, causal_convolution = map(

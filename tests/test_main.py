@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from mamba import Mamba, MambaConfig, generate
 from mamba.__main__ import main
 from mamba.corpus import train_tokenizer
-from tests.reference import random_params
+from tests.parameters import random_params
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from scipy import stats
 import mamba.block
 from mamba.block import LayerState, MambaBlock, MambaConfig, ResidualBlock, RMSNorm
 from mamba.model import Mamba
-from tests.reference import random_params, relative_error, selective_scan_loop
+from mamba_book.reference import relative_error, selective_scan_loop
+from tests.parameters import random_params
 
 SMALL = MambaConfig(d_model=12, n_layer=2, vocab_size=19)
 # Between them they leave no size and no switch at its default only.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mamba.scan import combine, selective_scan
-from tests.reference import relative_error, selective_scan_gradients, selective_scan_loop
+from mamba_book.reference import relative_error, selective_scan_gradients, selective_scan_loop
 
 METHODS = ["sequential", "chunked", "associative"]
 IN_CHUNKS = ["sequential", "chunked"]  # with a backward pass of their own

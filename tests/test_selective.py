@@ -16,7 +16,8 @@ from scipy import stats
 
 import mamba.block
 from mamba import Mamba, MambaBlock, MambaConfig, selective_scan
-from tests.reference import random_params, relative_error
+from mamba_book.reference import relative_error
+from tests.parameters import random_params
 
 ALL = ("delta", "B", "C")
 SUBSETS = [s for k in range(4) for s in itertools.combinations(ALL, k)]

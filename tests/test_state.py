@@ -17,7 +17,8 @@ from mamba.generate import generate, stream
 from mamba.model import Mamba
 from mamba.prompt import bucket, read_prompt, read_tokens
 from mamba.state import TextState, load_state, save_state, state_bytes
-from tests.reference import random_params, relative_error
+from mamba_book.reference import relative_error
+from tests.parameters import random_params
 
 CONFIG = MambaConfig(d_model=16, n_layer=2, vocab_size=257, d_state=4, tie_embeddings=False)
 KEY = jax.random.key(1)
