@@ -18,7 +18,7 @@ FIGURES = [
 
 # What is seen of a figure: which frames of the drawing, which sentence, which button of each row.
 STATE = """figure => ({
-  drawn: [...figure.querySelectorAll("svg g.f")].flatMap((g, i) => g.checkVisibility() ? [i] : []),
+  drawn: [...figure.querySelectorAll("svg g.f")].flatMap((g, i) => getComputedStyle(g).display !== "none" ? [i] : []),
   said: [...figure.querySelectorAll("p .f")].filter(s => s.checkVisibility()).map(s => s.innerText),
   chosen: [...figure.querySelectorAll("input")].flatMap((b, i) => b.checked ? [i] : []),
 })"""
