@@ -18,11 +18,19 @@ FIGURES = [
 
 # What is seen of a figure: which frames of the drawing, which sentence, which button of each row.
 STATE = """figure => ({
-  drawn: [...figure.querySelectorAll("svg g.f")].flatMap((g, i) => getComputedStyle(g).display !== "none" ? [i] : []),
+  drawn: [...figure.querySelectorAll("svg g.f")]
+    .flatMap((g, i) => getComputedStyle(g).display !== "none" ? [i] : []),
   said: [...figure.querySelectorAll("p .f")].filter(s => s.checkVisibility()).map(s => s.innerText),
   chosen: [...figure.querySelectorAll("input")].flatMap((b, i) => b.checked ? [i] : []),
 })"""
-DRIVEN = ".book-frames input"
+# Put the focus just before a figure, as a reader has it who has come there by the keyboard.
+START = """figure => {
+  const here = document.createElement("span");
+  here.tabIndex = -1;
+  figure.before(here);
+  here.focus();
+}"""
+DRIVEN = ".book-frames input, [name=scan-tree]"
 OTHER = "main :is(input, select, textarea, canvas, video, iframe, .js-plotly-plot)"
 
 
@@ -49,9 +57,7 @@ def test_every_button_shows_its_own_frame(book, page, name, width):
 def test_figures_are_driven_from_the_keyboard(book, page, name):
     with book.open(page) as tab:
         figure = tab.locator(f"#{name}")
-        # The next Tab starts from here, as it does where a reader has clicked into the text.
-        figure.evaluate("figure => getSelection().collapse(figure.previousSibling ?? figure, 0)")
-        figure.evaluate("figure => getSelection().collapse(figure, 0)")
+        figure.evaluate(START)
         for row in figure.locator("fieldset").all():
             tab.keyboard.press("Tab")
             inside = row.evaluate("row => row.contains(document.activeElement)")
@@ -66,6 +72,20 @@ def test_figures_are_driven_from_the_keyboard(book, page, name):
             assert before["chosen"] != after["chosen"] and before["said"] != after["said"]
             tab.keyboard.press("ArrowLeft")
             assert figure.evaluate(STATE) == before
+
+
+def test_the_scan_tree_goes_through_its_rounds(book):
+    with book.open("book/04_parallel_scan.html") as tab:
+        first = tab.locator("#scan-tree-0")
+        buttons = tab.locator("label[for^=scan-tree-]")
+        told = []
+        for k in range(buttons.count()):
+            buttons.nth(k).click()
+            told += first.evaluate(
+                "b => [...b.parentElement.querySelectorAll('p[class^=t]')]"
+                ".filter(p => p.checkVisibility()).map(p => p.innerText)"
+            )
+        assert len(set(told)) == len(told) == buttons.count() > 2, "one sentence for each round"
 
 
 def test_there_are_figures_to_drive():
