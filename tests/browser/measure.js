@@ -20,6 +20,7 @@ async () => {
   for (const element of document.querySelectorAll("main *:not(svg *):not(mjx-container *)")) {
     const box = element.getBoundingClientRect();
     if (box.width < 2 || box.height < 2 || !shown(element)) continue;
+    if (element.closest("#pst-secondary-sidebar")) continue; // it waits beside the page for its button
     if (box.right <= root.clientWidth + 1 && box.left >= -1) continue;
     let around = element.parentElement;
     while (around && !scrolls(around)) around = around.parentElement;

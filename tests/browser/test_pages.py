@@ -107,7 +107,8 @@ PRINTED = """() => {
     }
     if (box.width < 2 || box.height < 2 || !element.checkVisibility()) continue;
     if (box.right > width + 1) faults.push(`to ${Math.round(box.right)} px: ${said}`);
-    const inside = style.overflowX !== "visible" && element.scrollWidth - element.clientWidth;
+    const clips = style.overflowX !== "visible" && style.display !== "inline";
+    const inside = clips && element.scrollWidth - element.clientWidth;
     if (inside > 2) faults.push(`cut by ${inside} px: ${said}`);
   }
   return faults;
