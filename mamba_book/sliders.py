@@ -27,9 +27,9 @@ def _free(friction, t):
 
 
 RULES = {  # what a step of length Δ multiplies a mode by, with z = λΔ
-    "ZOH": (lambda z: np.exp(z), "y"),
+    "ZOH": (np.exp, "y"),
     "Euler": (lambda z: 1 + z, "wrong"),
-    "bilinear": (lambda z: (1 + z / 2) / (1 - z / 2), "x"),
+    "bilinear": (lambda z: (1 + z / 2) / (1 - z / 2), "ink"),
 }
 
 
