@@ -34,7 +34,7 @@ test: $(INSTALLED) ## the module's tests and every cell of every notebook (ARGS=
 
 browser: $(BROWSER) ## read the built book in Chromium, which must be there (after make book)
 	@test -f _build/html/book/index.html || { echo "there is no book to read: make book"; exit 2; }
-	$(BIN)/pytest -m browser tests/browser $(ARGS)
+	$(BIN)/pytest -m browser tests/browser -n 2 --dist loadgroup $(ARGS)
 
 parity: $(PARITY) ## compare with transformers' PyTorch Mamba (installs PyTorch)
 	$(BIN)/pytest -m parity tests $(ARGS)

@@ -23,6 +23,7 @@ FLAGS = (  # no sandbox: Chromium refuses to start one as root, and it only meet
     "--no-sandbox --disable-gpu --disable-quic --disable-background-networking "
     "--disable-component-update --disable-sync --no-first-run"
 ).split()
+LOOKS_AGAIN = 500  # ms: the theme asks 300 ms after a change what scrolls and needs the keyboard
 TIMEOUT = 120_000  # ms, for a busy machine: nothing here is a statement about speed
 
 # A phone and a laptop, in both themes; and 640 px, which is the laptop at a zoom of 200 %. A page
@@ -168,6 +169,7 @@ class Reader:
             for view in views:
                 if view in AXE:
                     self.show(tab, view)
+                    tab.wait_for_timeout(LOOKS_AGAIN)
                     found[view]["axe"] = tab.evaluate(RUN_AXE, AXE[view])
         for view in views:
             found[view] |= {"errors": tab.errors, "outside": tab.outside}

@@ -2,7 +2,8 @@
 async (rules) => {
   // What makes axe slow and tells it nothing: the inside of equations and drawings (which have their
   // own checks), and of a listing all tokens of one colour but the first.
-  document.querySelectorAll("mjx-container > *, svg.book-figure > *").forEach((e) => e.remove());
+  document.querySelectorAll("mjx-container").forEach((e) => e.replaceChildren("equation"));
+  document.querySelectorAll("svg.book-figure > *").forEach((e) => e.remove());
   const seen = new Set();
   for (const token of document.querySelectorAll("pre span")) {
     const box = token.closest("[class*=highlight-], .output");

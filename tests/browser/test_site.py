@@ -43,7 +43,7 @@ def test_search_opens_from_the_keyboard_and_from_the_button(book):
     with book.open("book/index.html") as tab:
         for opening in (
             lambda: tab.keyboard.press("Control+k"),
-            lambda: tab.locator(".search-button").first.click(),
+            lambda: tab.locator("button.search-button__button:visible").click(),
         ):
             opening()
             field = tab.locator("dialog[open] input[type=search]")
@@ -59,7 +59,7 @@ def test_keyboard_alone_is_enough(book, page, width):
     with book.open(page, width) as tab:
         tab.keyboard.press("Tab")
         assert tab.evaluate("document.activeElement.textContent").strip() == "Skip to main content"
-        assert tab.evaluate("document.activeElement.getBoundingClientRect().top") >= 0
+        tab.wait_for_function("document.activeElement.getBoundingClientRect().top >= 0")
         tab.keyboard.press("Enter")
         assert tab.evaluate("location.hash") == "#main-content"
         for _ in range(25):
