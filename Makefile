@@ -15,7 +15,7 @@ BROWSER := .venv/.installed-browser
 export JAX_PLATFORMS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve test browser versions badges parity network-test fuzz portability bench chapter lint clean
+.PHONY: help book serve test browser colab versions badges parity network-test fuzz portability bench chapter lint clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -34,7 +34,7 @@ test: $(INSTALLED) ## the module's tests and every cell of every notebook (ARGS=
 
 browser: $(BROWSER) ## read the built book in Chromium, which must be there (after make book)
 	@test -f _build/html/book/index.html || { echo "there is no book to read: make book"; exit 2; }
-	$(BIN)/pytest -m browser tests/browser -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/pytest -m browser tests/browser -n 2 --dist loadfile $(ARGS)
 
 parity: $(PARITY) ## compare with transformers' PyTorch Mamba (installs PyTorch)
 	$(BIN)/pytest -m parity tests $(ARGS)
@@ -48,6 +48,9 @@ fuzz: $(FUZZ) ## search for weights files that break the readers (installs ather
 
 portability: $(INSTALLED) ## the notebooks again, as on a CPU without wide vector instructions
 	XLA_FLAGS=--xla_cpu_max_isa=SSE4_2 $(BIN)/pytest --nbval -n 2 --dist loadfile book
+
+colab: $(INSTALLED) ## the notebooks as Colab runs them, from an empty folder (ARGS="03_selective_scan")
+	$(BIN)/python scripts/rehearse_colab.py $(ARGS)
 
 versions: ## the tests with the newest packages, or the oldest admitted ones (VERSIONS=oldest)
 	$(PYTHON) -m venv --clear .venv-$(VERSIONS)

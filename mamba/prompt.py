@@ -52,7 +52,7 @@ def read_tokens(model, params, ids, state):
 def widen(model, params):
     """The model and its weights as the backend computes with them: on a CPU, in float32.
 
-    A CPU multiplies no bfloat16 numbers: XLA converts the weights to float32 in every product, for
+    On a CPU, XLA multiplies bfloat16 numbers in float32: it would convert the weights again for
     every token. Here they are converted once a call; what they are worth does not change.
     """
     if jax.default_backend() != "cpu" or model.config.dtype == jnp.float32:

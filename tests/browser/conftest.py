@@ -29,7 +29,7 @@ def pytest_terminal_summary(terminalreporter):
     lines = []
     for report in terminalreporter.getreports("passed"):
         for seen in (value for name, value in report.user_properties if name == "first view"):
-            page = report.nodeid.partition("[")[2].partition("@")[0].rstrip("]")
+            page = report.nodeid.partition("[")[2].rstrip("]")
             lines.append(
                 f"{page:34} first paint {seen['painted']:5} ms, complete {seen['loaded']:5} ms, "
                 f"{seen['bytes'] / 1e6:4.1f} MB, {seen['math']} equations"

@@ -37,6 +37,9 @@ VIEWS = [view for views in LOADS for view in views]
 CONTRAST = ["color-contrast"]
 AXE = {(1280, "light"): None, (1280, "dark"): CONTRAST, (390, "dark"): None}  # None: every rule
 
+# The beginning of the text, and of the section around all of it.
+BEGIN = re.compile(r'<article class="bd-article">.*?<section [^>]*>', re.DOTALL)
+
 HERE = Path(__file__).parent
 MEASURE = (HERE / "measure.js").read_text(encoding="utf-8")
 RUN_AXE = (HERE / "run_axe.js").read_text(encoding="utf-8")
@@ -103,6 +106,11 @@ def served(folder):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
+
+
+def inject(fault):
+    """The page with this at the beginning of its text."""
+    return lambda text: BEGIN.sub(lambda begin: begin[0] + fault, text, count=1)
 
 
 class Reader:
