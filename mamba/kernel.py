@@ -18,6 +18,7 @@ one state per CHUNK tokens: what the backward kernel restarts from.
 
 Bytes per token and channel in the main memory (float32; n = 16 in brackets):
   forward    16 (x, Δ, z, y) + 8n/d (B, C) + 4n/CHUNK [8] for the kept states, if a gradient follows
+             (each block of channels reads B and C, 8n/w; but for 8n/d that is work for a cache)
   backward   28 (x, Δ, z, dy; dx, dΔ, dz) + 4n/CHUNK [8] + 16n/w [8 on a GPU, 0.5 on a TPU] for dB
              and dC of each block of channels, written and read once to be added up
 One pass over a (b, l, d, n) array is 4n [64]. Time cannot fall below bytes / memory bandwidth.

@@ -25,7 +25,7 @@ def sample(key, logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None):
     Then, in this order, each on what the one before it left and None for no limit:
     top_k: only the k likeliest tokens stay (Fan et al., 2018).
     top_p: only the fewest likeliest whose probabilities together reach p (Holtzman et al., 2020).
-    min_p: only those at least min_p times as probable as the likeliest (Nguyen et al., 2024).
+    min_p: only those at least min_p times as probable as the likeliest (Nguyen et al., 2025).
 
     Returns ids: () or (b,), int32. Raises ValueError for settings out of range.
     """

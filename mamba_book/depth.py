@@ -91,8 +91,8 @@ def bytes_moved(fn, *args, on_chip=2**20):
             part = (reads + writes)[PARTS[name]]
             reads, writes = [part] * any(map(size, reads)), [part]
         elif name == "scan":  # the body counts its own; here, a slice in and a slice out per step
-            p = eqn.params
-            reads, writes = reads[p["num_consts"] + p["num_carry"] :], writes[p["num_carry"] :]
+            constants, carried = _held(eqn.params)
+            reads, writes = reads[constants + carried :], writes[carried:]
         elif _bodies(eqn):
             return 0
         return sum(map(size, reads)) + sum(map(size, writes))
@@ -121,6 +121,14 @@ def _bodies(eqn):
     for key in ("jaxpr", "call_jaxpr"):
         found = found or ((eqn.params[key],) if key in eqn.params else ())
     return [getattr(body, "jaxpr", body) for body in found]
+
+
+def _held(params):
+    """How many inputs of a scan are constants, and how many are carried; the rest are its xs."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carried, _ = params["ft_in"].unpack()  # JAX 0.12
+    return len(list(constants)), len(list(carried))
 
 
 def _walk(jaxpr):
@@ -210,7 +218,7 @@ def _times(left, right):
 
 def _repeat(body, params):
     """The chains of a whole scan from those of its body: of its inputs, into its outputs."""
-    first, carried, length = params["num_consts"], params["num_carry"], params["length"]
+    (first, carried), length = _held(params), params["length"]
     outputs, inputs = body.shape  # (carry and ys) by (constants, carry, xs, 1)
     results = outputs - carried
     step = np.where(np.eye(inputs + results), 0.0, -np.inf)  # ys keep the longest chain so far

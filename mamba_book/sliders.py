@@ -26,39 +26,38 @@ def _free(friction, t):
     return ((a * np.exp(b * t) - b * np.exp(a * t)) / (a - b)).real
 
 
-RULES = {  # what a step of length Δ multiplies a mode by, with z = λΔ
-    "ZOH": (np.exp, "y"),
-    "Euler": (lambda z: 1 + z, "wrong"),
-    "bilinear": (lambda z: (1 + z / 2) / (1 - z / 2), "ink"),
+RULES = {  # what a step of length Δ multiplies a mode by, with z = λΔ; drawn in this order
+    "bilinear": (lambda z: (1 + z / 2) / (1 - z / 2), "ink", 5),
+    "Euler": (lambda z: 1 + z, "wrong", 4),
+    "zero-order hold": (np.exp, "h", 4),
 }
 
 
 def stability():
-    """ZOH, Euler and bilinear against Δ: where λΔ lies, and the oscillation that comes out."""
+    """Three rules against Δ: where λΔ lies, and the oscillation that comes out."""
     friction, end = 0.6, 8.0
     a, b = _poles(friction)
 
     def draw(delta):
-        fig, (left, right) = plt.subplots(1, 2, figsize=(6.6, 3.2), width_ratios=(1, 1.5))
-        left.axvspan(-3, 0, color=COLORS["ref"], alpha=0.13, lw=0)
-        left.add_patch(plt.Circle((-1, 0), 1, color=COLORS["wrong"], alpha=0.25, lw=0))
+        fig, (plane, path) = plt.subplots(2, 1, figsize=(5.4, 5.6), height_ratios=(1.2, 1))
+        plane.axvspan(-3, 0, color=COLORS["ref"], alpha=0.13, lw=0)
+        plane.add_patch(plt.Circle((-1, 0), 1, color=COLORS["wrong"], alpha=0.25, lw=0))
         for value in (a, b):
-            left.plot(delta * value.real, delta * value.imag, "o", color=COLORS["h"], ms=7)
-        left.set(xlim=(-3, 1), ylim=(-3, 3), aspect="equal", xlabel="Re λΔ", ylabel="Im λΔ")
-        left.text(-1, 0, "Euler", ha="center", va="center", fontsize=9)
-        left.text(-2.9, 2.5, "ZOH, bilinear", fontsize=9)
+            plane.plot(delta * value.real, delta * value.imag, "o", color=COLORS["ink"], ms=7)
+        plane.set(xlim=(-3, 1), ylim=(-2, 2), aspect="equal", xlabel="Re λΔ", ylabel="Im λΔ")
+        plane.text(-1, 0, "Euler", ha="center", va="center")
+        plane.text(-2.9, 1.6, "zero-order hold, bilinear")
         t = np.linspace(0, end, 400)
-        right.plot(t, _free(friction, t), color=COLORS["ref"], lw=4, alpha=0.5)
+        path.plot(t, _free(friction, t), color=COLORS["ref"], lw=5, alpha=0.5)
         steps = np.arange(int(end / delta) + 1)
-        for factor, color in RULES.values():
+        for (name, (factor, color, size)), place in zip(RULES.items(), (0, 0.3, 1), strict=True):
             p, q = factor(a * delta), factor(b * delta)
             x = ((a * q**steps - b * p**steps) / (a - b)).real
             shown = steps * delta, np.clip(x, -3, 3)
-            right.plot(*shown, "o-", color=COLORS[color], ms=4, lw=1.2)
-        for (name, (_, color)), y in zip(RULES.items(), (0.97, 0.88, 0.79), strict=True):
-            place = {"ha": "right", "va": "top", "transform": right.transAxes}
-            right.text(0.99, y, name, color=COLORS[color], **place)
-        right.set(xlim=(0, end), ylim=(-2, 2), xlabel="time (s)", ylabel="position")
+            path.plot(*shown, "o-", color=COLORS[color], ms=size, lw=1.2)
+            side = {"ha": "right" if place == 1 else "left", "transform": path.transAxes}
+            path.text(place, 1.03, name, color=COLORS[color], **side)
+        path.set(xlim=(0, end), ylim=(-2, 2), xlabel="time (s)", ylabel="position")
         size = abs(1 + a * delta)
         fate = "grows" if size > 1 else "decays"
         return fig, (
@@ -70,8 +69,8 @@ def stability():
         draw,
         {"Δ (s)": [0.05, 0.1, 0.2, 0.4, 0.6, 0.8]},
         start=(0.2,),
-        alt="Left: the plane of λΔ with the disc where Euler is stable and the half plane of ZOH "
-        "and bilinear; two points move outwards as Δ grows. Right: the oscillation by each rule. "
+        alt="Above: the plane of λΔ with the disc where Euler is stable and the half plane where "
+        "the others are; two points move outwards as Δ grows. Below: the oscillation by each rule. "
         "Euler's explodes when the points have left its disc.",
     )
 

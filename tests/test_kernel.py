@@ -9,6 +9,7 @@ import pytest
 
 from mamba import kernel
 from mamba.kernel import CHUNK, GPU, TPU, pallas_scan
+from mamba_book.lowering import lowered_for
 from mamba_book.reference import relative_error, selective_scan_gradients, selective_scan_loop
 
 NAMES = ["x", "delta", "A", "B", "C", "D", "z", "h0"]
@@ -137,7 +138,7 @@ def lowered(platform, shape, gradient, gate=True, reset=False, batch=()):
 
     for _ in batch:
         function = jax.vmap(function)
-    return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+    return lowered_for(platform, function, *arguments)
 
 
 @pytest.mark.parametrize("gradient", [False, True])
