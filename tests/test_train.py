@@ -282,6 +282,15 @@ def test_a_save_that_fails_leaves_the_last_one(whole, tmp_path, monkeypatch, fun
     assert [path.name for path in tmp_path.iterdir()] == [SAVE]
 
 
+@pytest.fixture
+def heeded():
+    """Ctrl-C as in a terminal: a shell that starts the tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded")
 def test_ctrl_c_saves_where_it_stands(whole, tmp_path):
     interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
     before = signal.getsignal(signal.SIGINT)
@@ -292,6 +301,7 @@ def test_ctrl_c_saves_where_it_stands(whole, tmp_path):
     assert_same(resumed, whole)
 
 
+@pytest.mark.usefixtures("heeded")
 def test_ctrl_c_twice_and_where_it_is_ignored():
     with pytest.raises(KeyboardInterrupt), _ctrl_c() as stop:
         signal.raise_signal(signal.SIGINT)
