@@ -45,6 +45,10 @@ async () => {
   const equations = [];
   for (const math of document.querySelectorAll(".math")) {
     if (!math.querySelector("mjx-container")) equations.push(`not set: ${name(math)}`);
+    const [body, number] = ["mjx-math", ".eqno"].map((part) => math.querySelector(part));
+    if (!body || !number || !shown(math)) continue; // a number stands at the right end of its line
+    const over = body.getBoundingClientRect().right - number.getBoundingClientRect().left;
+    if (over > 1) equations.push(`runs ${Math.round(over)} px into its number: ${name(math)}`);
   }
   for (const error of document.querySelectorAll("mjx-merror, [data-mjx-error]")) {
     equations.push(`error: ${error.getAttribute("data-mjx-error") ?? ""} ${name(error)}`);

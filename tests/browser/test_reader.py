@@ -6,6 +6,8 @@ from tests.browser.reader import LOADS, inject
 
 pytestmark = pytest.mark.browser
 
+LONG = "<div class='math notranslate'><span class='eqno'>(1)</span>\\[" + "x + " * 60 + "x\\]</div>"
+
 # What is broken on purpose -> where the finding must stand, and a word of it.
 FAULTS = {
     "<script>throw new Error('no such thing')</script>": ("errors", "no such thing"),
@@ -22,6 +24,7 @@ FAULTS = {
     "<p>so $$x$$ is</p>": ("equations", "left over: so"),
     "<p>so \\(x\\) is</p>": ("equations", "left over: so"),
     "<span class='math notranslate'>\\(\\frac{1}\\)</span>": ("equations", "error"),
+    LONG: ("equations", "into its number"),
     "<p style='color: #999; background: #aaa'>pale</p>": ("axe", "color-contrast"),
     "<button></button>": ("axe", "button-name"),
 }
