@@ -15,7 +15,7 @@ BROWSER := .venv/.installed-browser
 export JAX_PLATFORMS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve test browser colab versions badges parity network-test fuzz portability bench chapter lint clean
+.PHONY: help book serve free-port test browser colab versions badges parity network-test fuzz portability bench chapter lint clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -25,9 +25,14 @@ book: $(INSTALLED) ## build the HTML, warnings as errors, and check it
 	$(BIN)/python scripts/check_html.py
 	@echo "The book: $(CURDIR)/_build/html/index.html"
 
-serve: book ## build the HTML and serve it on this machine (PORT=8000)
+serve: free-port book ## build the HTML and serve it on this machine (PORT=8000)
 	@echo "Serving at http://127.0.0.1:$(PORT)/ (stop with Ctrl-C)"
 	$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory _build/html
+
+free-port: # before the book is built, and not after
+	@$(PYTHON) -c 'import socket, sys; \
+		taken = socket.socket().connect_ex(("127.0.0.1", $(PORT))) == 0; \
+		sys.exit(taken and "port $(PORT) is taken: make serve PORT=8001")'
 
 test: $(INSTALLED) ## the module's tests and every cell of every notebook (ARGS="-k scan")
 	$(BIN)/pytest --nbval -n 2 --dist loadfile $(ARGS)
@@ -65,9 +70,11 @@ badges: ## a badge per chapter, from what make versions found
 bench: $(INSTALLED) ## run the benchmarks
 	@set -e; for file in benchmarks/[a-z]*.py; do echo "$$file"; $(BIN)/python "$$file" $(ARGS); done
 
-chapter: $(INSTALLED) ## execute one chapter and write it in canonical form (N=3)
+chapter: $(INSTALLED) ## execute a chapter, write it in canonical form (N=3, N=verification)
 	@test -n "$(N)" || { echo "which chapter? make chapter N=3"; exit 2; }
-	$(BIN)/python book/run.py book/$$(printf '%02d' $(N))_*.ipynb
+	@found=$$(ls book/$(N).ipynb book/$(N)_*.ipynb book/0$(N)_*.ipynb 2>/dev/null); \
+	test -n "$$found" || { echo "there is no chapter $(N) in book/"; exit 2; }; \
+	echo "executing $$found (a minute or two)"; $(BIN)/python book/run.py $$found
 
 lint: $(INSTALLED) ## ruff, and the form of the notebooks
 	$(BIN)/ruff check .

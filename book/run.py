@@ -5,8 +5,9 @@
     python book/run.py --check                  # execute nothing, verify the form
 
 In canonical form running a notebook again changes nothing but what really changed: a fresh kernel,
-no timings, no editor's metadata, cell ids that stay. Whether the outputs are still what the code
-prints is verified by ``pytest --nbval``, not by --check. Cells tagged ``nbval-skip`` are not run.
+no timings, no editor's metadata, cell ids that stay. A digest says which code made the outputs, so
+that --check finds code that was changed since. Whether this code still prints the same is verified
+by ``pytest --nbval``, not by --check. Cells tagged ``nbval-skip`` are not run.
 """
 
 import argparse
@@ -22,17 +23,28 @@ from nbclient.exceptions import CellExecutionError
 
 BOOK = Path(__file__).resolve().parent
 SKIP = "nbval-skip"  # the tag of cells that need what is not here (the network)
+EXECUTED = "executed"  # the notebook's metadata: the digest of the code that made its outputs
 
 
 def tags(cell):
     return cell.metadata.get("tags", [])
 
 
+def clean_source(cell):
+    return "\n".join(line.rstrip() for line in cell.source.strip("\n").split("\n"))
+
+
+def code_digest(notebook):
+    """Of the source of all code cells. A picture is not compared by nbval; its code is, by this."""
+    code = [clean_source(cell) for cell in notebook.cells if cell.cell_type == "code"]
+    return hashlib.sha256("\0".join(filter(None, code)).encode()).hexdigest()[:16]
+
+
 def canonical(notebook):
     """The notebook's canonical text. Outputs and execution counts are kept as they are."""
     cells, seen = [], set()
     for cell in notebook.cells:
-        source = "\n".join(line.rstrip() for line in cell.source.strip("\n").split("\n"))
+        source = clean_source(cell)
         if not source:
             continue
         identity = cell.get("id", "")
@@ -56,7 +68,7 @@ def canonical(notebook):
     metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
-    }
+    } | {key: notebook.metadata[key] for key in (EXECUTED,) if key in notebook.metadata}
     notebook = nbformat.v4.new_notebook(cells=cells, metadata=metadata)
     notebook.nbformat_minor = 5
     return nbformat.writes(notebook) + "\n"
@@ -85,6 +97,8 @@ def problems(notebook):
                 found.append(f"{where}: writes to stderr: {output.text.strip()[:200]}")
             if output.output_type == "error" and "raises-exception" not in tags(cell):
                 found.append(f"{where}: raises {output.ename}: {output.evalue[:200]}")
+    if notebook.metadata.get(EXECUTED) != code_digest(notebook):
+        found.append("its code was changed since it was executed: run python book/run.py on it")
     return found
 
 
@@ -99,6 +113,7 @@ def execute(notebook):
         skip_cells_with_tag=SKIP,
         resources={"metadata": {"path": str(BOOK)}},
     ).execute()
+    notebook.metadata[EXECUTED] = code_digest(notebook)
 
 
 def main():

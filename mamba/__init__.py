@@ -8,7 +8,7 @@ text = generate(model, key=key, params=params, tokenizer=tokenizer, prompt=..., 
 from mamba.block import LayerState, MambaBlock, MambaConfig, ResidualBlock, RMSNorm
 from mamba.generate import generate, stream
 from mamba.model import Mamba
-from mamba.pretrained import EMBEDDED
+from mamba.pretrained import EMBEDDED, load_tokenizer
 from mamba.prompt import read_prompt
 from mamba.scan import selective_scan
 from mamba.state import TextState, load_state, save_state, state_bytes
@@ -26,6 +26,7 @@ __all__ = [
     "TextState",
     "generate",
     "load_state",
+    "load_tokenizer",
     "read_prompt",
     "save_state",
     "selective_scan",

@@ -191,7 +191,7 @@ class _Folder:
         if CONFIG in names and (self.path / WEIGHTS[0]).exists():
             hint = "; was a save interrupted? Save it again"
         if TOKENIZER in names:
-            hint = f"; a model in the original naming uses load_tokenizer({ORIGINAL_TOKENIZER!r})"
+            hint = f"; copy it in (the published models use that of {ORIGINAL_TOKENIZER})"
         held = ", ".join(_first(sorted(p.name for p in self.path.iterdir()), 8)) or "nothing"
         raise FileNotFoundError(
             f"{self.path}: expected {' or '.join(names)}; the folder holds {held}{hint}"

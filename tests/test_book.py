@@ -469,9 +469,14 @@ def test_problems_are_found():
     ]
     cells[0].outputs = [nbformat.v4.new_output("stream", name="stderr", text="warning")]
     cells[3].outputs = [nbformat.v4.new_output("error", ename="KeyError", evalue="k")]
-    found = run.problems(nbformat.v4.new_notebook(cells=cells))
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    notebook.metadata[run.EXECUTED] = run.code_digest(notebook)
+    found = run.problems(notebook)
     assert [line.split(":")[0] for line in found] == [
         "cell 0 ('1')",
         "cell 1 ('2')",
         "cell 3 ('4')",
     ]
+    cells[2].source = "5"
+    (line,) = set(run.problems(notebook)) - set(found)
+    assert "changed since it was executed" in line

@@ -39,6 +39,17 @@ def test_search_finds_every_word_of_the_glossary(book):
         assert tab.errors == []
 
 
+def test_an_excerpt_is_from_the_text_and_a_term_has_its_meaning(book):
+    with book.open("search.html?q=timescale") as tab:
+        tab.wait_for_function("() => document.querySelectorAll('p.context').length > 3")
+        excerpts = tab.locator("p.context").all_inner_texts()
+        assert excerpts[0].startswith("timescale: The time after which"), excerpts[0]
+        assert not [text for text in excerpts if "\\(" in text or "Contents" in text]
+        field = tab.locator(".bd-article-container input[type=search]")
+        room = field.evaluate("e => parseFloat(getComputedStyle(e).paddingLeft)")
+        assert room > 24  # the loupe stands there
+
+
 def test_search_opens_from_the_keyboard_and_from_the_button(book):
     with book.open("book/index.html") as tab:
         for opening in (
