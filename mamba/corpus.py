@@ -37,7 +37,7 @@ def read_texts(paths):
             if text:
                 texts[file.as_posix()] = text
     if not texts:
-        raise ValueError(f"no text in {', '.join(map(str, paths))}")
+        raise ValueError(f"no UTF-8 text in {', '.join(map(str, paths))}")
     return dict(sorted(texts.items()))
 
 
@@ -73,7 +73,8 @@ def text_batches(files, rows, window, *, seed=0):
     per_epoch = (length - 1) // window
     if per_epoch < 1:
         raise ValueError(
-            f"{sum(map(len, files))} tokens are too few for {rows} rows of {window} tokens"
+            f"{sum(map(len, files))} tokens are too few for {rows} rows of {window} tokens: "
+            "add text, or ask for fewer rows (--batch) or a shorter window (--length)"
         )
     current = [None, None]  # the epoch that was asked for last, and its rows
 

@@ -8,7 +8,9 @@ temperature, the end token) is a value to them rather than a shape, so they are 
 
 import dataclasses
 import functools
+import numbers
 import operator
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -239,15 +241,21 @@ def _settings(temperature, top_k, top_p, min_p, repetition_penalty):
 
 
 def _check_count(n):
-    n = operator.index(n)
+    try:
+        n = operator.index(n)
+    except TypeError:
+        raise TypeError(f"n_tokens_to_gen must be an integer, got {n!r}") from None
     if n < 1:
         raise ValueError(f"n_tokens_to_gen must be at least 1, got {n}")
+    if n >= 2**31:
+        raise ValueError(f"n_tokens_to_gen must be below 2^31, got {n}")
     return n
 
 
 def _check_stop(stop):
     """The stop strings as a tuple."""
-    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    several = isinstance(stop, Iterable) and not isinstance(stop, str)
+    strings = tuple(stop) if several else () if stop is None else (stop,)
     if not all(isinstance(s, str) and s for s in strings):
         raise ValueError(f"stop must be a non-empty str or a list of such, got {stop!r}")
     return strings
@@ -273,6 +281,8 @@ def _row_keys(key, b):
 
 def _writers(tokenizer, ids, state, eos_token_id, stop):
     """A TextWriter for each row, which knows the tokens before the first one."""
+    if eos_token_id is not None and not isinstance(eos_token_id, numbers.Integral):
+        raise TypeError(f"eos_token_id must be one token id, or None, got {eos_token_id!r}")
     before = [[last] if last >= 0 else [] for last in state.last.tolist()]
     return [
         TextWriter(tokenizer, context + row, eos_token_id, stop)

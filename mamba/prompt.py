@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mamba.model import Mamba
 from mamba.state import TextState
 
 __all__ = ["bucket", "encode_prompts", "read_prompt", "read_tokens", "widen"]
@@ -88,14 +89,24 @@ def encode_prompts(model, params, tokenizer, prompts, state):
 
     The ids are what is to be read after the state; without one, it is the empty one.
     """
+    if not isinstance(model, Mamba):
+        raise TypeError(f"model must be a Mamba, as from_pretrained returns it, got {model!r:.80}")
     if not isinstance(params, Mapping) or "embedding" not in params:
         raise ValueError(
             "params must be this model's parameters, as in model, params = "
             'Mamba.from_pretrained(...) or params = model.init(key, tokens)["params"]'
         )
+    held = [np.shape(leaf) for leaf in jax.tree.leaves(params["embedding"])]
+    wanted = (model.config.padded_vocab_size, model.config.d_model)
+    if held != [wanted]:
+        raise ValueError(f"params are another model's: an embedding of {held}, not {[wanted]}")
     # transformers wraps a tokenizers.Tokenizer, and may tidy up spaces when it decodes; a stream
     # cannot take back a space that it has shown, so both kinds are used in the plain form.
     tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if not all(hasattr(tokenizer, name) for name in ("encode", "decode", "get_vocab")):
+        raise TypeError(
+            f"tokenizer must be one, as load_tokenizer returns it, got {tokenizer!r:.80}"
+        )
     if not isinstance(prompts, list | tuple) or not prompts:
         raise ValueError(f"prompt must be a str or a non-empty list of str, got {prompts!r}")
     begins = state is None

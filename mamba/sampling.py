@@ -110,16 +110,25 @@ def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, repetiti
     0 ≤ temperature < ∞, top_k ≥ 1, 0 < top_p ≤ 1, 0 ≤ min_p ≤ 1, 0 < repetition_penalty < ∞; None,
     for all but the temperature, means no limit.
     """
-    if not 0 <= temperature < float("inf"):  # a NaN fails every comparison
-        raise ValueError(f"temperature must be a number from 0 (greedy) up, got {temperature}")
+
+    def lies(value, test):
+        try:
+            return bool(test(value))  # a NaN fails every comparison
+        except TypeError:  # not a number at all
+            return False
+
+    if not lies(temperature, lambda v: 0 <= v < float("inf")):
+        raise ValueError(f"temperature must be a number from 0 (greedy) up, got {temperature!r}")
     if top_k is not None and (not isinstance(top_k, numbers.Integral) or top_k < 1):
-        raise ValueError(f"top_k must be a whole number from 1 up, or None for all, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must lie in (0, 1], or be None for no limit, got {top_p}")
-    if min_p is not None and not 0 <= min_p <= 1:
-        raise ValueError(f"min_p must lie in [0, 1], or be None for no limit, got {min_p}")
-    if repetition_penalty is not None and not 0 < repetition_penalty < float("inf"):
+        raise ValueError(f"top_k must be a whole number from 1 up, or None for all, got {top_k!r}")
+    if top_p is not None and not lies(top_p, lambda v: 0 < v <= 1):
+        raise ValueError(f"top_p must lie in (0, 1], or be None for no limit, got {top_p!r}")
+    if min_p is not None and not lies(min_p, lambda v: 0 <= v <= 1):
+        raise ValueError(f"min_p must lie in [0, 1], or be None for no limit, got {min_p!r}")
+    if repetition_penalty is not None and not lies(
+        repetition_penalty, lambda v: 0 < v < float("inf")
+    ):
         raise ValueError(
             "repetition_penalty must be a number above 0 (1 or None: no penalty), got "
-            f"{repetition_penalty}"
+            f"{repetition_penalty!r}"
         )

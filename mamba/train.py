@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import sys
 import time
@@ -46,6 +47,9 @@ def main(argv=None):
                 jax.eval_shape(draw, jax.random.key(0))
     except ValueError as error:
         parser.error(str(error))
+    for flag, path in (("--out", args.out), ("--results", args.results)):
+        if path and not _can_be_written(Path(path), folder=flag == "--out"):
+            parser.error(f"{flag} {path}: nothing can be written there")
     if args.resume and not args.out:
         parser.error("--resume needs --out: the folder of the run to go on with")
     if args.task == LANGUAGE_MODEL and not (args.text and args.out):
@@ -69,6 +73,14 @@ def main(argv=None):
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _can_be_written(path, folder):
+    """Asked before the training: afterwards it would be too late."""
+    if path.exists() and path.is_dir() != folder:
+        return False
+    above = next(p for p in (path, *path.absolute().parents) if p.exists())
+    return os.access(above, os.W_OK) and (above == path or above.is_dir())
 
 
 def _synthetic(args, preset, config, options):
@@ -100,7 +112,11 @@ def _language_model(args, preset, config, options):
     read = [text[: cut[name]] for name, text in texts.items()]
     kept = [text[cut[name] :] for name, text in texts.items() if text[cut[name] :]]
     if not kept:
-        raise ValueError("the text is too short: of each file, the last twentieth is held out")
+        raise ValueError(
+            "the text is too short: of each file, the last twentieth is held out; add text"
+        )
+    if not args.quiet:
+        print(f"read {len(texts)} files of {sum(map(len, read)):,} characters", file=sys.stderr)
     tokenizer = train_tokenizer(read, preset.sizes["vocab_size"])
     model = Mamba(dataclasses.replace(config, vocab_size=tokenizer.get_vocab_size()))
     settings = preset.settings(model.config)

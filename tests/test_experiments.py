@@ -178,6 +178,9 @@ def test_ctrl_c(tmp_path, monkeypatch, capsys):
         ("selective-copying --learning-rate 0", "learning_rate > 0"),
         ("selective-copying --save-every 0", "--save-every must be at least 1"),
         ("selective-copying --resume", "--resume needs --out"),
+        ("selective-copying --out README.md", "--out README.md: nothing can be written there"),
+        ("selective-copying --out README.md/x", "--out README.md/x: nothing can be written"),
+        ("selective-copying --results mamba", "--results mamba: nothing can be written there"),
         ("selective-copying --text README.md", "--text is for language-model"),
         ("language-model --text README.md", "language-model needs --text"),
         ("language-model --out x", "language-model needs --text"),
@@ -236,7 +239,7 @@ def test_read_texts(tmp_path):
         corpus.read_texts([tmp_path / "nowhere"])
     with pytest.raises(ValueError, match="image.png is not UTF-8 text"):
         corpus.read_texts([tmp_path / "a" / "image.png"])
-    with pytest.raises(ValueError, match="no text in"):
+    with pytest.raises(ValueError, match="no UTF-8 text in"):
         corpus.read_texts([tmp_path / "a" / "empty.md"])
 
 
