@@ -68,7 +68,9 @@ def canonical(notebook):
     metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
-    } | {key: notebook.metadata[key] for key in (EXECUTED,) if key in notebook.metadata}
+    }
+    if EXECUTED in notebook.metadata:
+        metadata[EXECUTED] = notebook.metadata[EXECUTED]
     notebook = nbformat.v4.new_notebook(cells=cells, metadata=metadata)
     notebook.nbformat_minor = 5
     return nbformat.writes(notebook) + "\n"

@@ -17,10 +17,13 @@ def checks_table(checks):
     lines = []
     for (claim, against, tolerance), times in Counter(checks).items():
         result = "holds" if times == 1 else f"holds, {times:,} times"
-        # A line may not end within 1e-5: its hyphen becomes the one that does not break.
-        words = re.sub(r"(\de)-(\d)", "\\1\u2011\\2", bound(tolerance))
-        lines.append(f"| {claim} | {against} | {words} | {result} |")
+        lines.append(f"| {claim} | {against} | {unbroken(bound(tolerance))} | {result} |")
     return Markdown(HEAD + "\n".join(lines))
+
+
+def unbroken(words):
+    """No line of a table ends within 1e-5: its hyphen becomes the one that does not break."""
+    return re.sub(r"(\de)-(\d)", "\\1\u2011\\2", words)
 
 
 def bound(tolerance):

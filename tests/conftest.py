@@ -1,5 +1,7 @@
 """Settings shared by all tests."""
 
+import signal
+
 import jax
 import pytest
 from hypothesis import settings
@@ -16,3 +18,11 @@ def double():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture
+def heeded():
+    """Ctrl-C as in a terminal: a shell that starts the tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

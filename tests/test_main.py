@@ -167,6 +167,7 @@ def test_float16_weights(run, folder):
     assert code == 0 and out.startswith("def")
 
 
+@pytest.mark.usefixtures("heeded")
 def test_ctrl_c_inside_a_callback_is_not_lost(run, captured):
     """JAX prints and drops what is raised inside its callbacks; the text must end all the same."""
 
@@ -179,14 +180,10 @@ def test_ctrl_c_inside_a_callback_is_not_lost(run, captured):
         yield "two"
         yield "three"
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        captured.pieces = pieces()
-        code, out, _ = run("a")
-        assert (code, out) == (130, "aone ")
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
+    captured.pieces = pieces()
+    code, out, _ = run("a")
+    assert (code, out) == (130, "aone ")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_character_that_the_terminal_lacks(run, captured, monkeypatch):

@@ -282,14 +282,6 @@ def test_a_save_that_fails_leaves_the_last_one(whole, tmp_path, monkeypatch, fun
     assert [path.name for path in tmp_path.iterdir()] == [SAVE]
 
 
-@pytest.fixture
-def heeded():
-    """Ctrl-C as in a terminal: a shell that starts the tests in the background has it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("heeded")
 def test_ctrl_c_saves_where_it_stands(whole, tmp_path):
     interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731

@@ -9,13 +9,13 @@ addEventListener("DOMContentLoaded", () => {
 // without the source of equations; and a term of the glossary comes with what it means.
 addEventListener("DOMContentLoaded", () => {
   if (typeof Search === "undefined") return;
-  const plain = Search.htmlToText;
+  const others = "#jb-print-docs-body, .math, .headerlink, script, style";
   Search.htmlToText = (source, anchor) => {
-    const page = new DOMParser().parseFromString(source, "text/html");
-    const term = anchor && page.querySelector(`dt${anchor}`);
+    const main = new DOMParser().parseFromString(source, "text/html").querySelector('[role="main"]');
+    const term = anchor && main.querySelector(`dt${anchor}`);
     const meaning = term?.nextElementSibling?.textContent.trim().replace(/\\[()]/g, "");
     if (term) return `${term.firstChild.textContent}: ${meaning ?? ""}`;
-    for (const part of page.querySelectorAll("#jb-print-docs-body, .math")) part.remove();
-    return plain(page.documentElement.outerHTML, anchor);
+    for (const part of main.querySelectorAll(others)) part.remove();
+    return ((anchor && main.querySelector(anchor)) || main).textContent;
   };
 });
