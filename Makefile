@@ -15,7 +15,8 @@ BROWSER := .venv/.installed-browser
 export JAX_PLATFORMS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve free-port test browser colab versions badges parity network-test fuzz portability bench chapter lint clean
+.PHONY: help book serve free-port test test-core browser colab versions badges parity network-test fuzz
+.PHONY: portability bench chapter api format lint clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -36,6 +37,9 @@ free-port: # before the book is built, and not after
 
 test: $(INSTALLED) ## the module's tests and every cell of every notebook (ARGS="-k scan")
 	$(BIN)/pytest --nbval -n 2 --dist loadfile $(ARGS)
+
+test-core: $(INSTALLED) ## the tests of the core alone, without notebooks (about a minute)
+	$(BIN)/pytest -n 2 tests/test_*.py $(ARGS)
 
 browser: $(BROWSER) ## read the built book in Chromium, which must be there (after make book)
 	@test -f _build/html/book/index.html || { echo "there is no book to read: make book"; exit 2; }
@@ -75,6 +79,13 @@ chapter: $(INSTALLED) ## execute a chapter, write it in canonical form (N=3, N=v
 	@found=$$(ls book/$(N).ipynb book/$(N)_*.ipynb book/0$(N)_*.ipynb 2>/dev/null); \
 	test -n "$$found" || { echo "there is no chapter $(N) in book/"; exit 2; }; \
 	echo "executing $$found (a minute or two)"; $(BIN)/python book/run.py $$found
+
+api: $(INSTALLED) ## write book/api.md, the list of all public names
+	$(BIN)/python scripts/make_api.py
+
+format: $(INSTALLED) ## lay out the Python files and mend what ruff can mend
+	$(BIN)/ruff check --fix --extend-exclude '*.ipynb' .
+	$(BIN)/ruff format .
 
 lint: $(INSTALLED) ## ruff, and the form of the notebooks
 	$(BIN)/ruff check .

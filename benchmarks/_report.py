@@ -1,17 +1,21 @@
-"""What the benchmarks write: where and how it was measured, then one result per line."""
+"""The files that the benchmarks write: first how it was measured, then one result per line."""
 
 import json
 import os
 
 
 def load_average():
-    """Processes that wanted to run during the last minute."""
+    """Mean number of processes that wanted to run during the last minute."""
     return round(os.getloadavg()[0], 1)
 
 
 def head(note, load_before):
-    """-> dict: machine, versions, command and load of a measurement that ends now."""
-    from mamba.machine import describe_run  # with JAX, which measuring processes must not inherit
+    """Describe a measurement that ends now -> dict: machine, versions, command, note and load.
+
+    note: what a reader of the results must know.   load_before: ``load_average()`` when it began.
+    """
+    # This imports JAX, which the measuring processes must not inherit.
+    from mamba.train.results import describe_run
 
     return describe_run() | {
         "device": "CPU only; nothing here was measured on a GPU or TPU",
@@ -21,7 +25,10 @@ def head(note, load_before):
 
 
 def write(path, report, results):
-    """Readable, and a new measurement is a readable diff."""
+    """Write a report as JSON, with one result per line, so that a new measurement is a short diff.
+
+    path: the file; its folder is made.   report: dict, see ``head``.   results: list of dicts.
+    """
     top = json.dumps(report, indent=1)
     rows = ",\n".join("  " + json.dumps(row) for row in results)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -223,9 +223,9 @@ def founding(shape, dtype, memory):
     import jax
     import jax.numpy as jnp
 
-    import mamba.block
+    import mamba.mamba1
 
-    mamba.block.selective_scan = founding_scan
+    mamba.mamba1.selective_scan = founding_scan
     model, params = random_model(shape, dtype)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     apply = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens))
@@ -317,7 +317,7 @@ def dtypes(quick):
     import jax.numpy as jnp
 
     from mamba import EMBEDDED, Mamba, generate
-    from mamba.pretrained import load_tokenizer
+    from mamba.checkpoint.hub import load_tokenizer
 
     tokenizer = load_tokenizer(EMBEDDED)
     texts, logits, tokens = {}, {}, None

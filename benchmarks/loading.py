@@ -1,15 +1,15 @@
-"""Memory and time of loading a checkpoint, beside reading its file, for every form of checkpoint.
+"""Memory and time of loading a checkpoint, compared with reading its file, in every form.
 
     python benchmarks/loading.py            # the 130m shape in every form, about three minutes
     python benchmarks/loading.py --quick    # a small model, to see that it runs; writes nothing
 
-Random weights of the shape of Mamba-130m, float32, are written to a temporary folder in every form
-that `from_pretrained` reads. Each form is loaded in processes of its own: one for the peak memory
-(growth since the imports, over the size of the parameters), several for the times, of which
-the least counts. The yardstick of
-time is measured in the same process, from the page cache: the same files are read into memory that
-was allocated and touched before (`readinto`: "read"), and into memory new to the process, as the
-parameters' must be ("fresh read"). Linux only (/proc). Writes benchmarks/results/loading.json.
+Random float32 weights of the shape of Mamba-130m are written to a temporary folder in every form
+that `from_pretrained` reads. Each form is loaded in processes of its own. One process measures the
+peak memory: its growth since the imports, over the size of the parameters. Several measure the
+time, and the shortest counts. For comparison, the same process reads the same files from the page
+cache, once into memory that was allocated and touched before ("read"), and once into memory that is
+new to the process, as that of the parameters is ("fresh read"). Linux only, because it needs /proc.
+Writes benchmarks/results/loading.json.
 """
 
 import argparse
@@ -26,25 +26,25 @@ from _report import write
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "loading.json"
-REPEATS = 5  # processes for the time of each form, of which the quickest counts
+REPEATS = 5  # processes that measure the time of each form; the shortest time counts
 SHARDS = 3
-sys.path.insert(0, str(ROOT / "tests"))  # bin_files, which writes .bin files without PyTorch
+sys.path.insert(0, str(ROOT))  # for tests.helpers
 
 
 def write_forms(folder, config):
     """Write the same random weights in every form -> names of the folders."""
-    import bin_files
     from safetensors.numpy import save_file
 
-    from mamba.naming import tensor_table, write_config
+    from mamba.checkpoint.names import tensor_table, write_config
+    from tests.helpers import bin_files  # writes .bin files without PyTorch
 
     rng = np.random.default_rng(0)
     forms = []
     for naming in ("original", "transformers"):
         embedding = "embedding" if naming == "original" else "embeddings"
         arrays = {
-            row.name: rng.normal(size=row.shape).astype(np.float32)
-            for row in tensor_table(config, embedding)
+            spec.name: rng.normal(size=spec.shape).astype(np.float32)
+            for spec in tensor_table(config, embedding)
         }
         names = list(arrays)
         repeated = {**arrays, "lm_head.weight": arrays[f"backbone.{embedding}.weight"]}
@@ -88,14 +88,14 @@ def transformers_keys(config):
 
 
 def measure(folder, what):
-    """In this process: peak memory over the parameters' size, or the times, of one load."""
+    """Load once in this process -> its peak memory, or its times."""
     import jax
     import jax.numpy as jnp
 
     from mamba import Mamba
 
     jnp.zeros(1).block_until_ready()
-    Mamba.from_pretrained(ROOT / "mamba" / "weights" / "pystdlib")  # imports, and what runs once
+    Mamba.from_pretrained(ROOT / "mamba" / "weights" / "pystdlib")  # to have all imports done
     if what == "memory":
         before = status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now
@@ -114,7 +114,7 @@ def measure(folder, what):
     jax.block_until_ready(params)
     load = time.perf_counter() - start
     start = time.perf_counter()
-    contents = [path.read_bytes() for path in files]  # beside the parameters: also new memory
+    contents = [path.read_bytes() for path in files]  # new memory, as the parameters' was
     fresh = time.perf_counter() - start
     assert sum(map(len, contents)) == size
     after = min(read_all(files, buffer), read_all(files, buffer))
@@ -200,7 +200,9 @@ def main():
             )
     if args.quick:
         return
-    from mamba.machine import describe_run  # with JAX, which the processes above must not inherit
+    from mamba.train.results import (
+        describe_run,  # with JAX, which the processes above must not inherit
+    )
 
     report = describe_run() | {"note": args.note, "model": "130m shape, float32, random weights"}
     write(RESULTS, report, results)

@@ -2,7 +2,7 @@
 
     python benchmarks/training.py   # results/training/*.json -> mamba_book/data/training.json
 
-Each run names its command. Chapter 8 reads the copy.
+Each file says which command recorded it. Chapter 8 reads the copy.
 """
 
 import json

@@ -5,13 +5,14 @@ logits = model.apply({"params": params}, tokens)
 text = generate(model, key=key, params=params, tokenizer=tokenizer, prompt=..., ...)
 """
 
-from mamba.block import LayerState, MambaBlock, MambaConfig, ResidualBlock, RMSNorm
-from mamba.generate import generate, stream
-from mamba.model import Mamba
-from mamba.pretrained import EMBEDDED, load_tokenizer
-from mamba.prompt import read_prompt
+from mamba.checkpoint.hub import EMBEDDED, load_tokenizer
+from mamba.layers import RMSNorm
+from mamba.mamba1 import LayerState, MambaBlock, MambaConfig
+from mamba.model import Mamba, ResidualBlock
 from mamba.scan import selective_scan
-from mamba.state import TextState, load_state, save_state, state_bytes
+from mamba.text.generate import generate, stream
+from mamba.text.prompt import read_prompt
+from mamba.text.state import TextState, load_state, save_state, state_bytes
 
 __version__ = "0.1.0"
 

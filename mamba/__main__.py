@@ -1,19 +1,20 @@
 """Text from the command line: ``python -m mamba "def main("``."""
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
 
 import jax
 
-from mamba.generate import stream
-from mamba.interrupts import _ctrl_c
+from mamba.checkpoint.hub import EMBEDDED, load_tokenizer
+from mamba.interrupts import defer_interrupt
 from mamba.model import Mamba
-from mamba.pretrained import EMBEDDED, load_tokenizer
-from mamba.prompt import read_prompt
-from mamba.sampling import check_sampling
-from mamba.state import load_state, save_state
+from mamba.text.generate import stream
+from mamba.text.prompt import read_prompt
+from mamba.text.sampling import Sampling
+from mamba.text.state import load_state, save_state
 
 DESCRIPTION = "Continue a text with a Mamba language model."
 EXAMPLES = """\
@@ -27,18 +28,21 @@ a long text, read once and continued twice:
   %(prog)s --state text.safetensors "To sum up,"
   %(prog)s --state text.safetensors --seed 1 --stop . "In one sentence:"
 """
-DTYPES = ["float32", "bfloat16", "float16"]  # those of from_pretrained
-END_OF_TEXT = "<|endoftext|>"  # as both our tokenizer and GPT-NeoX's call it
+DTYPES = ["float32", "bfloat16", "float16"]  # those that from_pretrained takes
+END_OF_TEXT = "<|endoftext|>"  # the end token of our tokenizer, and of GPT-NeoX's
 
 
 def main(argv=None):
     """Run the command -> its exit code: 0, 1 after an error, 2 for wrong usage, 130 for Ctrl-C."""
     parser = _parser()
     args = parser.parse_args(argv)
-    args.top_k = args.top_k or None
     try:
-        check_sampling(
-            args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty
+        sampling = Sampling(
+            temperature=args.temperature,
+            top_k=args.top_k or None,
+            top_p=args.top_p,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
         )
     except ValueError as error:
         parser.error(str(error))
@@ -56,11 +60,11 @@ def main(argv=None):
             parser.error("no prompt: give one as an argument, or pipe one in")
         args.prompt = ""
     try:
-        _run(args)
+        _run(args, sampling)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 141
     except (OSError, RuntimeError, TypeError, ValueError) as error:
@@ -77,82 +81,76 @@ def _parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("prompt", nargs="?", help="the text to continue; - or nothing: read standard input")
-    add("--model", default=EMBEDDED, metavar="NAME", help="folder, or repository of the hub")
+    add("prompt", nargs="?", help="the text to continue; if missing or -, read from standard input")
+    add("--model", default=EMBEDDED, metavar="NAME", help="local folder, or repository of the hub")
     add("--revision", metavar="REV", help="branch, tag or commit of the repository")
-    add("--dtype", default="float32", choices=DTYPES, help="of the weights")
-    add("-n", "--n-tokens", type=int, default=128, metavar="N", help="at most (default: 128)")
-    add("--temperature", type=float, default=1.0, metavar="T", help="0: greedy (default: 1)")
-    add("--top-k", type=int, default=40, metavar="K", help="0: no limit (default: 40)")
-    add("--top-p", type=float, metavar="P", help="in (0, 1] (default: no limit)")
-    add("--min-p", type=float, metavar="P", help="in [0, 1], of the likeliest (default: no limit)")
+    add("--dtype", default="float32", choices=DTYPES, help="number format of the weights")
+    add("-n", "--n-tokens", type=int, default=128, metavar="N", help="at most N tokens (128)")
+    add("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy (default: 1)")
+    add("--top-k", type=int, default=40, metavar="K", help="only the K likeliest (40); 0 for all")
+    add("--top-p", type=float, metavar="P", help="only the likeliest that reach probability P")
+    add("--min-p", type=float, metavar="P", help="only tokens P times as likely as the likeliest")
     add("--repetition-penalty", type=float, metavar="R", help="above 1: repeat less (default: 1)")
-    add(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated"
-    )
-    add("--seed", type=int, default=0, help="same seed, same text (default: 0)")
-    add("--state", metavar="FILE", help="go on after a text that was read before")
-    add("--save-state", metavar="FILE", help="keep what was read, prompt included, for --state")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
+    add("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
+    add("--state", metavar="FILE", help="continue the text whose state is in FILE")
+    add("--save-state", metavar="FILE", help="save the state after the prompt, for --state")
     return parser
 
 
 def _read_prompt(args):
-    """The text to continue; ValueError if it is not UTF-8."""
+    """The text to continue. Raises ValueError if it is not UTF-8."""
+    where = "the prompt"
     try:
-        if args.prompt in (None, "-"):
-            where, text = "standard input", sys.stdin.read().removesuffix("\n")
-        else:
-            where, text = "the prompt", args.prompt
-        text.encode()  # Python lets bytes that are no characters through, as surrogates
-    except UnicodeError as error:
-        if isinstance(error, UnicodeDecodeError):
+        text = args.prompt
+        if text in (None, "-"):
             where = "standard input"
+            text = sys.stdin.read().removesuffix("\n")
+        text.encode()  # Python lets bytes that are not characters through, as surrogates
+    except UnicodeError as error:
         raise ValueError(f"{where} is not UTF-8 text") from error
     return text
 
 
-def _run(args):
+def _run(args, sampling):
+    """Load, read and write, as the arguments say."""
     prompt = _read_prompt(args)
     tokenizer = load_tokenizer(args.model, revision=args.revision)
     model, params = Mamba.from_pretrained(args.model, revision=args.revision, dtype=args.dtype)
-    text = {"params": params, "tokenizer": tokenizer, "prompt": prompt, "state": None}
+    source = {"params": params, "tokenizer": tokenizer, "prompt": prompt, "state": None}
     if args.state:
-        text["state"] = load_state(args.state, model)
+        source["state"] = load_state(args.state, model)
     if args.save_state:
-        text["state"] = read_prompt(model, **text)
-        save_state(text["state"], args.save_state)
-        text["prompt"] = ""  # it is part of the state now
+        source["state"] = read_prompt(model, **source)
+        save_state(source["state"], args.save_state)
+        source["prompt"] = ""  # the state includes it now
         if args.n_tokens == 0:
             return
-    pieces = stream(
+    texts = stream(
         model,
-        **text,
+        **source,
+        **dataclasses.asdict(sampling),
         key=jax.random.key(args.seed),
         n_tokens_to_gen=args.n_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
         eos_token_id=tokenizer.token_to_id(END_OF_TEXT),
         stop=args.stop,
     )
-    sys.stdout.reconfigure(errors="replace")  # a terminal may know fewer characters than the model
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that the model writes
     start = time.perf_counter()
     print(prompt, end="", flush=True)
     times = []
-    with _ctrl_c() as stop:
-        for piece in pieces:
-            if stop:
+    with defer_interrupt() as interrupts:
+        for text in texts:
+            if interrupts:
                 raise KeyboardInterrupt
-            print(piece, end="", flush=True)
+            print(text, end="", flush=True)
             times.append(time.perf_counter())
     print(flush=True)
-    _report(start, times)
+    _report_speed(start, times)
 
 
-def _report(start, times):
-    """Speed to stderr. The first two tokens compile (reading the prompt, then the step)."""
+def _report_speed(start, times):
+    """Print the speed to stderr, without the first two tokens: these compile, the others do not."""
     if len(times) > 2:
         rate = (len(times) - 2) / (times[-1] - times[1])
         compiling = times[1] - start

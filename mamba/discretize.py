@@ -18,6 +18,7 @@ bank of channels, each with its own time step. Δ is a time; A is a rate (1 / ti
 
 import jax.numpy as jnp
 from jax.scipy.linalg import expm
+from jaxtyping import Array, Float
 
 __all__ = [
     "bilinear",
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 
-def zoh(A, B, delta):
+def zoh(A: Float[Array, "n n"], B: Float[Array, " n"], delta: float):
     """Zero-order hold: the exact solution over one interval of constant input.
 
         A_bar = exp(Δ A),    B_bar = ∫₀^Δ exp(s A) ds · B
@@ -46,7 +47,7 @@ def zoh(A, B, delta):
     return M[:n, :n], M[:n, n]  # (n, n), (n,)
 
 
-def euler(A, B, delta):
+def euler(A: Float[Array, "n n"], B: Float[Array, " n"], delta: float):
     """Forward Euler: follow the slope at the start of the interval.
 
         A_bar = I + Δ A,    B_bar = Δ B
@@ -58,7 +59,7 @@ def euler(A, B, delta):
     return jnp.eye(A.shape[0], dtype=A.dtype) + delta * A, delta * B  # (n, n), (n,)
 
 
-def bilinear(A, B, delta):
+def bilinear(A: Float[Array, "n n"], B: Float[Array, " n"], delta: float):
     """Bilinear (Tustin, trapezoidal): average the slopes at both ends of the interval.
 
         A_bar = (I − Δ/2 A)⁻¹ (I + Δ/2 A),    B_bar = (I − Δ/2 A)⁻¹ Δ B
@@ -74,7 +75,7 @@ def bilinear(A, B, delta):
     return M[:, :-1], M[:, -1]  # (n, n), (n,)
 
 
-def zoh_diag(A, B, delta):
+def zoh_diag(A: Float[Array, "..."], B: Float[Array, "..."], delta: Float[Array, "..."]):
     """Zero-order hold for a diagonal A, elementwise.
 
         A_bar = exp(Δ A),    B_bar = (exp(Δ A) − 1) / A · B
@@ -93,12 +94,12 @@ def zoh_diag(A, B, delta):
     return jnp.exp(z), delta * ratio * B
 
 
-def euler_diag(A, B, delta):
+def euler_diag(A: Float[Array, "..."], B: Float[Array, "..."], delta: Float[Array, "..."]):
     """Forward Euler for a diagonal A, elementwise: A_bar = 1 + Δ A, B_bar = Δ B."""
     return 1 + delta * A, delta * B
 
 
-def bilinear_diag(A, B, delta):
+def bilinear_diag(A: Float[Array, "..."], B: Float[Array, "..."], delta: Float[Array, "..."]):
     """Bilinear for a diagonal A, elementwise.
 
     A_bar = (1 + Δ A/2) / (1 − Δ A/2),    B_bar = Δ B / (1 − Δ A/2)
@@ -107,7 +108,7 @@ def bilinear_diag(A, B, delta):
     return (1 + half) / (1 - half), delta * B / (1 - half)
 
 
-def mixed_diag(A, B, delta):
+def mixed_diag(A: Float[Array, "..."], B: Float[Array, "..."], delta: Float[Array, "..."]):
     """Mamba's own mix: zero-order hold for A, Euler for B, elementwise.
 
         A_bar = exp(Δ A),    B_bar = Δ B

@@ -11,6 +11,7 @@ others. Inputs are held constant over intervals of length ``delta``, as in ``mam
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import expm
+from jaxtyping import Array, Float
 
 __all__ = [
     "causal_convolution",
@@ -21,7 +22,14 @@ __all__ = [
 ]
 
 
-def exact_solution(A, B, x, delta, t, h0=None):
+def exact_solution(
+    A: Float[Array, "n n"],
+    B: Float[Array, " n"],
+    x: Float[Array, " l"],
+    delta: float,
+    t: Float[Array, " m"],
+    h0: Float[Array, " n"] | None = None,
+):
     """The state at any times, for an input that is constant on each interval.
 
         h(t) = exp(t A) h0 + Σ_k [Φ(t − kΔ) − Φ(t − (k+1)Δ)] x_k,    Φ(τ) = ∫₀^τ exp(s A) B ds
@@ -30,8 +38,16 @@ def exact_solution(A, B, x, delta, t, h0=None):
     the responses to all switches add up. Φ comes from the matrix exponential of
     [[A, B], [0, 0]]; nothing is stepped, so errors do not accumulate.
 
-    A: (n, n), B: (n,), x: (l,), delta: scalar, t: (m,) in the unit of delta, any order, t ≥ 0;
-    h0: (n,), zeros if None -> h: (m, n). The last value of x switches off at l·Δ.
+    Args:
+        A: (n, n) rates, in 1/Δ.
+        B: (n,) how the input drives the state.
+        x: (l,) the input, one value per interval; the last one switches off at l·Δ.
+        delta: length of an interval, a time.
+        t: (m,) times ≥ 0, in any order.
+        h0: (n,) state at time 0; None means zeros.
+
+    Returns:
+        h: (m, n) the state at each time.
     """
     _check_system(A, B=B, h0=h0)
     n, l = A.shape[0], x.shape[0]
@@ -51,23 +67,51 @@ def exact_solution(A, B, x, delta, t, h0=None):
     return h
 
 
-def impulse_response(A, B, C, t):
+def impulse_response(
+    A: Float[Array, "n n"], B: Float[Array, " n"], C: Float[Array, " n"], t: Float[Array, " m"]
+):
     """What the output does after a unit impulse at time 0: K(t) = C exp(t A) B.
 
-    A: (n, n), B, C: (n,), t: (m,) -> (m,). Its timescales are −1 / Re(eigenvalues of A). By
-    linearity y(t) = ∫ K(s) x(t − s) ds + D x(t): it is all there is to know about the system.
+    Its timescales are −1 / Re(eigenvalues of A). By linearity y(t) = ∫ K(s) x(t − s) ds + D x(t):
+    it is all there is to know about the system.
+
+    Args:
+        A: (n, n) rates, in 1/time.
+        B: (n,) how the input drives the state.
+        C: (n,) how the state is read.
+        t: (m,) times after the impulse.
+
+    Returns:
+        K: (m,).
     """
     _check_system(A, B=B, C=C)
     return jax.vmap(lambda tau: C @ expm(tau * A) @ B)(t)  # (m,)
 
 
-def recurrence(A_bar, B_bar, C, D, x, h0=None):
+def recurrence(
+    A_bar: Float[Array, "n n"],
+    B_bar: Float[Array, " n"],
+    C: Float[Array, " n"],
+    D: float,
+    x: Float[Array, " l"],
+    h0: Float[Array, " n"] | None = None,
+):
     """The recurrent view: one state, updated once per sample.
 
         h_t = A_bar h_{t−1} + B_bar x_t,    y_t = C h_t + D x_t
 
-    A_bar: (n, n), B_bar, C: (n,), D: scalar, x: (l,), h0: (n,), zeros if None
-    -> y: (l,), h: (l, n). O(l) steps, O(1) memory besides the outputs: the way to generate.
+    O(l) steps, O(1) memory besides the outputs: the way to generate.
+
+    Args:
+        A_bar: (n, n) what one step keeps of the state.
+        B_bar: (n,) what it adds of the input.
+        C: (n,) how the state is read.
+        D: weight of the direct path from x to y.
+        x: (l,) the input.
+        h0: (n,) state before the first sample; None means zeros.
+
+    Returns:
+        y: (l,), and h: (l, n), the state after each sample.
     """
     _check_system(A_bar, B_bar=B_bar, C=C, h0=h0)
     h0 = jnp.zeros_like(B_bar) if h0 is None else h0
@@ -80,11 +124,22 @@ def recurrence(A_bar, B_bar, C, D, x, h0=None):
     return y, h  # (l,), (l, n)
 
 
-def convolution_kernel(A_bar, B_bar, C, l):
+def convolution_kernel(
+    A_bar: Float[Array, "n n"], B_bar: Float[Array, " n"], C: Float[Array, " n"], l: int
+):
     """The discrete impulse response, K_k = C A_bar^k B_bar for k = 0 … l−1.
 
-    A_bar: (n, n), B_bar, C: (n,) -> (l,). Unrolling the recurrence from h = 0 gives
-    y_t = Σ_k K_k x_{t−k} + D x_t: the same weights at every t, because nothing depends on t.
+    Unrolling the recurrence from h = 0 gives y_t = Σ_k K_k x_{t−k} + D x_t: the same weights at
+    every t, because nothing depends on t.
+
+    Args:
+        A_bar: (n, n) what one step keeps of the state.
+        B_bar: (n,) what it adds of the input.
+        C: (n,) how the state is read.
+        l: number of lags.
+
+    Returns:
+        K: (l,).
     """
     _check_system(A_bar, B_bar=B_bar, C=C)
 
@@ -95,7 +150,7 @@ def convolution_kernel(A_bar, B_bar, C, l):
     return K  # (l,)
 
 
-def causal_convolution(x, K, D):
+def causal_convolution(x: Float[Array, " l"], K: Float[Array, " l"], D: float):
     """The convolutional view: y_t = Σ_{k=0}^{t} K_k x_{t−k} + D x_t, by FFT.
 
     x: (l,), K: (l,), D: scalar -> y: (l,). Both are padded to 2l, since the FFT's convolution is

@@ -1,40 +1,62 @@
-"""The language model made of Mamba blocks, in Flax Linen.
+"""The language model made of blocks, in Flax Linen.
 
-    tokens -> embedding -> n_layer × (x + MambaBlock(RMSNorm(x))) -> RMSNorm -> logits
+    tokens -> embedding -> n_layer × (x + block(RMSNorm(x))) -> RMSNorm -> logits
 
-One call serves every use. ``model.apply({"params": params}, tokens)`` reads a whole sequence;
-with a decoding state as third argument it continues from that state and returns the next one, for
-any number of new tokens: a prompt, a few more tokens, or one. Source: Mamba (Gu & Dao, 2023), §3.4;
-initialization and numerics as in the released code (state-spaces/mamba, ``mixer_seq_simple.py``).
+The type of the configuration says which block. Source: Mamba (Gu & Dao, 2023), §3.4; initialization
+and numerics as in the released code (state-spaces/mamba, ``mixer_seq_simple.py``).
 """
 
+from typing import Any
+
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-import numpy as np
 
-from mamba.block import LayerState, MambaConfig, ResidualBlock, RMSNorm, _uniform_fan_in
-from mamba.products import dot_rows
+from mamba.checkpoint.load import load_checkpoint
+from mamba.checkpoint.save import save_checkpoint
+from mamba.checks import check_lengths, check_resets, check_state, check_tokens
+from mamba.layers import RMSNorm, tied_logits, uniform_fan_in
 
-__all__ = ["Mamba"]
+__all__ = ["Mamba", "ResidualBlock"]
+
+
+class ResidualBlock(nn.Module):
+    """x + block(RMSNorm(x)), the sum in float32. Arguments and results as ``MambaBlock``'s."""
+
+    config: Any  # MambaConfig, or another generation's
+
+    @nn.compact
+    def __call__(self, x, state=None, lengths=None, resets=None):
+        u = RMSNorm(self.config.norm_eps, name="norm")(x)  # (b, l, d_model)
+        out, state = self.config.block(name="mixer")(u, state, lengths, resets)
+        return x + out, state  # (b, l, d_model), the next state
 
 
 class Mamba(nn.Module):
     """The language model: embedding, n_layer residual blocks, a norm, a head tied to the embedding.
 
-    ``model.apply({"params": params}, tokens)``: tokens (b, l) integers -> logits
-    (b, l, padded_vocab_size) float32. With a decoding state (``model.initial_state(b)`` to begin),
-    ``model.apply({"params": params}, tokens, state)`` -> (logits, next state), and any split of a
-    sequence into calls gives the same logits. ``lengths`` (b,): true lengths of right-padded rows.
-    ``resets`` (b, l) bool: True at the first token of every piece packed into a row; each piece
-    then gets the logits that it gets alone.
+    One call serves every use: a whole sequence, the continuation of one, a single token. Any split
+    of a sequence into calls gives the same logits.
 
-    Raises ValueError for tokens that are not (b, l) integers with l ≥ 1 or lie outside the
-    vocabulary, and for a state, lengths or resets that do not fit them. (Under ``jit`` the values
-    are not known in time: an id or a length that is too large gives NaN.)
+        logits = model.apply({"params": params}, tokens)
+        logits, state = model.apply({"params": params}, tokens, state)
+
+    Args:
+        tokens: (b, l) integers, l ≥ 1.
+        state: to continue from; ``initial_state(b)`` to begin. None: begin, and return no state.
+        lengths: (b,) true lengths of right-padded rows, or None.
+        resets: (b, l) True at the first token of each segment packed into a row, or None. A segment
+            gets the logits that it gets alone.
+
+    Returns:
+        logits: (b, l, padded_vocab_size) float32; with a state, (logits, next state).
+
+    Raises:
+        ValueError: tokens that are not integers of that shape or lie outside the vocabulary; a
+            state, lengths or resets that do not fit them. Under ``jit`` values are not known in
+            time: an id or a length that is too large gives NaN.
     """
 
-    config: MambaConfig
+    config: Any  # MambaConfig, or another generation's
 
     def setup(self):
         c = self.config
@@ -47,96 +69,94 @@ class Mamba(nn.Module):
             self.lm_head = _Head(c)
 
     def __call__(self, tokens, state=None, lengths=None, resets=None):
-        x, new_state = self._features(tokens, state, lengths, resets)
-        logits = self._logits(x)  # (b, l, padded_vocab)
-        return logits if state is None else (logits, new_state)
+        x, next_state = self.features(tokens, state, lengths, resets)  # (b, l, d_model)
+        logits = self.logits(x)  # (b, l, padded_vocab_size)
+        return logits if state is None else (logits, next_state)
 
     def last_logits(self, tokens, state, lengths=None, resets=None):
-        """As a call with a state, but with logits for each row's last real token only.
+        """As a call with a state, with the logits of each row's last real token only.
 
-        -> (logits (b, padded_vocab_size), next state)
-
-        To read a prompt: the head is the largest matrix product of a small model, and of all its
-        rows only the last one says what comes next.
+        It is there to read a prompt: only the last position says what comes next, and the head is
+        the largest matrix product of a small model.
+        -> logits (b, padded_vocab_size), next state
         """
-        x, state = self._features(tokens, state, lengths, resets)  # (b, l, d_model)
+        x, state = self.features(tokens, state, lengths, resets)  # (b, l, d_model)
         last = -1 if lengths is None else lengths - 1
-        return self._logits(x[jnp.arange(x.shape[0]), last]), state
+        return self.logits(x[jnp.arange(x.shape[0]), last]), state
+
+    def features(self, tokens, state=None, lengths=None, resets=None):
+        """All but the head -> (b, l, d_model) float32, next state."""
+        check_tokens(tokens, self.config.padded_vocab_size)
+        check_state(state, self.initial_state, tokens.shape[0])
+        check_lengths(lengths, tokens.shape)
+        check_resets(resets, tokens.shape)
+        x = self.embedding(tokens).astype(jnp.float32)  # (b, l, d_model)
+        next_state = []
+        for layer, past in zip(self.layers, state or [None] * len(self.layers), strict=True):
+            x, layer_state = layer(x, past, lengths, resets)
+            next_state.append(layer_state)
+        return self.norm_f(x), tuple(next_state)
+
+    def logits(self, x):
+        """The head. x: (..., d_model) -> (..., padded_vocab_size) float32."""
+        dtype, x = self.config.dtype, x.astype(self.config.dtype)
+        if self.config.tie_embeddings:
+            return tied_logits(x, self.embedding.embedding.astype(dtype))
+        return jnp.dot(x, self.lm_head().astype(dtype), preferred_element_type=jnp.float32)
 
     def initial_state(self, batch):
-        """The state before the first token: a tuple of n_layer LayerStates of zeros."""
-        return tuple(LayerState.zeros(self.config, batch) for _ in range(self.config.n_layer))
+        """The state before the first token: n_layer states of one layer each, all zeros."""
+        return tuple(self.config.zero_state(batch) for _ in range(self.config.n_layer))
 
-    def _features(self, tokens, state, lengths, resets):
-        _check_tokens(tokens, self.config)
-        _check_state(state, lengths, tokens.shape, self.config)
-        x = self.embedding(tokens).astype(jnp.float32)  # (b, l, d_model)
-        if state is None:
-            for layer in self.layers:
-                x = layer(x, resets=resets)
-            return self.norm_f(x), None
-        new_state = []
-        for layer, layer_state in zip(self.layers, state, strict=True):
-            x, layer_state = layer(x, layer_state, lengths, resets)
-            new_state.append(layer_state)
-        return self.norm_f(x), tuple(new_state)
+    @classmethod
+    def from_pretrained(cls, name, *, revision=None, dtype=jnp.float32, cache_dir=None):
+        """Load a published model, or a saved one -> (model, params).
 
-    def _logits(self, x):
-        dtype = self.config.dtype
-        x, f32 = x.astype(dtype), jnp.float32
-        if not self.config.tie_embeddings:
-            return jnp.dot(x, self.lm_head().astype(dtype), preferred_element_type=f32)
-        table = self.embedding.embedding.astype(dtype)  # (padded_vocab, d_model)
-        if x.ndim == 2:
-            return dot_rows(x, table)  # (b, padded_vocab)
-        return jnp.dot(x, table.T, preferred_element_type=f32)  # (b, l, padded_vocab)
+        Args:
+            name: a local folder, or a repository of the Hugging Face Hub such as
+                "state-spaces/mamba-370m". Files from there are kept in its cache, and found there
+                again without a network.
+            revision: a branch, tag or commit of the repository.
+            dtype: float32, bfloat16 or float16: of the matrices and of the products with them.
+                Norms, the Δ bias, A_log and D stay float32.
+            cache_dir: folder to use instead of the hub's own cache.
+
+        NaN or infinity in the weights is loaded, with a warning that names the tensor.
+
+        Raises:
+            FileNotFoundError: no such folder, repository or file.
+            ConnectionError: no network.
+            PermissionError: a gated repository.
+            ValueError: (CheckpointError) a file that is broken, or holds another model than ours.
+        """
+        config, params = load_checkpoint(name, revision, dtype, cache_dir)
+        return cls(config), params
+
+    def save_pretrained(self, params, folder):
+        """Write ``config.json`` and ``model.safetensors``, which ``from_pretrained`` reads again.
+
+        The naming is the original one; a tied head is not written. Bit for bit, the same parameters
+        come back with ``dtype=model.config.dtype``. Interrupted at any moment, it leaves the folder
+        as it was, complete, or without a ``config.json``: never one that loads as something else.
+
+        Args:
+            params: this model's parameters.
+            folder: where to write; made if it is not there.
+
+        Raises:
+            TypeError: ``params`` is no dict.
+            ValueError: ``params`` is another model's, or the model's kind has no published form.
+            FileExistsError: the folder holds weights in another form, which would contradict these.
+        """
+        save_checkpoint(self.config, params, folder)
 
 
 class _Head(nn.Module):
     """The kernel of an untied head, (d_model, padded_vocab_size)."""
 
-    config: MambaConfig
+    config: Any
 
     @nn.compact
     def __call__(self):
         c = self.config
-        return self.param("kernel", _uniform_fan_in, (c.d_model, c.padded_vocab_size))
-
-
-def _check_tokens(tokens, config):
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(
-            f"tokens must be integers of shape (b, l), got {tokens.dtype} of shape {tokens.shape}"
-        )
-    if tokens.shape[1] == 0:
-        raise ValueError("tokens has length 0: the model needs at least one token to start from")
-    if not isinstance(tokens, jax.core.Tracer) and tokens.size:
-        values = np.asarray(tokens)  # NumPy: inside jit, even a constant's minimum is traced
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or high >= config.padded_vocab_size:
-            raise ValueError(
-                f"token ids run from {low} to {high}, but this model's vocabulary is "
-                f"0 … {config.padded_vocab_size - 1}: was it another model's tokenizer?"
-            )
-
-
-def _check_state(state, lengths, shape, config):
-    b, l = shape
-    if state is not None:
-        expected = jax.eval_shape(lambda: (LayerState.zeros(config, b),) * config.n_layer)
-        if jax.tree.map(jnp.shape, state) != jax.tree.map(jnp.shape, expected):
-            raise ValueError(
-                f"the state is not one of {b} rows and this model's sizes, such as "
-                f"model.initial_state({b}) makes and a call with it returns"
-            )
-    if lengths is None:
-        return
-    if jnp.shape(lengths) != (b,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise ValueError(
-            f"lengths must be integers of shape ({b},) to fit tokens {shape}, got "
-            f"{lengths.dtype} of shape {lengths.shape}"
-        )
-    if not isinstance(lengths, jax.core.Tracer):
-        low, high = int(np.asarray(lengths).min()), int(np.asarray(lengths).max())
-        if low < 0 or high > l:
-            raise ValueError(f"lengths run from {low} to {high}, but tokens have length {l}")
+        return self.param("kernel", uniform_fan_in, (c.d_model, c.padded_vocab_size))

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
-__all__ = ["bytes_moved", "dependency_depth", "operations"]
+__all__ = ["bytes_moved", "chains", "dependency_depth", "operations", "repeated"]
 
 VIEWS = {"broadcast_in_dim", "expand_dims", "reshape", "squeeze", "stop_gradient"}
 MOVES = VIEWS | {
@@ -53,8 +53,8 @@ def dependency_depth(fn, *args, only=None):
     Raises NotImplementedError for an operation of unknown depth: a while loop, whose number of
     rounds is not in the jaxpr (``lax.fori_loop`` with fixed bounds is fine), or a kernel.
     """
-    chains = _chains(_jaxpr(fn, args), only)
-    return int(max(chains.max(initial=0), 0))
+    longest = chains(_jaxpr(fn, args), only)
+    return int(max(longest.max(initial=0), 0))
 
 
 def operations(fn, *args, only=None):
@@ -187,8 +187,11 @@ def _sum(jaxpr, own):
 # --- chains: matrices over (max, +) ---------------------------------------------------------------
 
 
-def _chains(jaxpr, only):
-    """Longest chain from each input (column) to each output (row); last column: from constants."""
+def chains(jaxpr, only):
+    """The longest chain from each input (column) to each output (row), −∞ where there is none.
+
+    The last column holds the chains that begin at a constant. only: as in ``dependency_depth``.
+    """
     columns = len(jaxpr.invars) + 1
     start = np.where(np.eye(columns), 0.0, -np.inf)  # each input reaches itself by a chain of 0
     reach = dict(zip(jaxpr.invars, start)) | dict.fromkeys(jaxpr.constvars, start[-1])
@@ -198,9 +201,9 @@ def _chains(jaxpr, only):
 
     for eqn, interleaves in _walk(jaxpr):
         inputs = np.stack([*map(reached, eqn.invars), start[-1]])  # (inputs + 1, columns)
-        bodies = [_chains(body, only) for body in _bodies(eqn)]
+        bodies = [chains(body, only) for body in _bodies(eqn)]
         if eqn.primitive.name == "scan":
-            out = _times(_repeat(bodies[0], eqn.params), inputs)
+            out = _times(repeated(bodies[0], eqn.params), inputs)
         elif eqn.primitive.name == "cond":  # either branch, begun when the choice is known
             out = _times(np.max(bodies, axis=0), np.maximum(inputs[1:], inputs[0]))
         elif bodies:
@@ -216,8 +219,8 @@ def _times(left, right):
     return (left[:, :, None] + right[None]).max(axis=1)
 
 
-def _repeat(body, params):
-    """The chains of a whole scan from those of its body: of its inputs, into its outputs."""
+def repeated(body, params):
+    """The chains of a whole ``lax.scan``, from those of its body, given the scan's parameters."""
     (first, carried), length = _held(params), params["length"]
     outputs, inputs = body.shape  # (carry and ys) by (constants, carry, xs, 1)
     results = outputs - carried

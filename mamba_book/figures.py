@@ -50,7 +50,7 @@ STYLE = {
     "axes.titlesize": 11,
     "figure.constrained_layout.use": True,
     "figure.facecolor": "none",
-    "figure.figsize": (6.4, 3.2),
+    "figure.figsize": (5.2, 2.9),  # inches: on a phone the words are still 11 px tall
     "font.size": 11,
     "grid.alpha": 0.35,
     "grid.color": COLORS["ref"],

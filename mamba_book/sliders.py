@@ -26,10 +26,10 @@ def _free(friction, t):
     return ((a * np.exp(b * t) - b * np.exp(a * t)) / (a - b)).real
 
 
-RULES = {  # what a step of length Δ multiplies a mode by, with z = λΔ; drawn in this order
-    "bilinear": (lambda z: (1 + z / 2) / (1 - z / 2), "ink", 5),
-    "Euler": (lambda z: 1 + z, "wrong", 4),
-    "zero-order hold": (np.exp, "h", 4),
+RULES = {  # what a step of length Δ multiplies a mode by, with z = λΔ; colour, marker, its size
+    "bilinear": (lambda z: (1 + z / 2) / (1 - z / 2), "ink", "s", 8),
+    "Euler": (lambda z: 1 + z, "wrong", "o", 4),
+    "zero-order hold": (np.exp, "h", "o", 4),
 }
 
 
@@ -39,7 +39,7 @@ def stability():
     a, b = _poles(friction)
 
     def draw(delta):
-        fig, (plane, path) = plt.subplots(2, 1, figsize=(5.4, 5.6), height_ratios=(1.2, 1))
+        fig, (plane, path) = plt.subplots(2, 1, figsize=(5.2, 5.4), height_ratios=(1.2, 1))
         plane.axvspan(-3, 0, color=COLORS["ref"], alpha=0.13, lw=0)
         plane.add_patch(plt.Circle((-1, 0), 1, color=COLORS["wrong"], alpha=0.25, lw=0))
         for value in (a, b):
@@ -50,11 +50,14 @@ def stability():
         t = np.linspace(0, end, 400)
         path.plot(t, _free(friction, t), color=COLORS["ref"], lw=5, alpha=0.5)
         steps = np.arange(int(end / delta) + 1)
-        for (name, (factor, color, size)), place in zip(RULES.items(), (0, 0.3, 1), strict=True):
+        for (name, (factor, color, marker, size)), place in zip(
+            RULES.items(), (0, 0.3, 1), strict=True
+        ):
             p, q = factor(a * delta), factor(b * delta)
             x = ((a * q**steps - b * p**steps) / (a - b)).real
             shown = steps * delta, np.clip(x, -3, 3)
-            path.plot(*shown, "o-", color=COLORS[color], ms=size, lw=1.2)
+            look = {"color": COLORS[color], "marker": marker, "ms": size, "lw": 1.2}
+            path.plot(*shown, mfc="none" if marker == "s" else None, **look)
             side = {"ha": "right" if place == 1 else "left", "transform": path.transAxes}
             path.text(place, 1.03, name, color=COLORS[color], **side)
         path.set(xlim=(0, end), ylim=(-2, 2), xlabel="time (s)", ylabel="position")
@@ -87,7 +90,7 @@ def spring_twin():
         return response(friction, t) - late
 
     def draw(friction, delta):
-        fig, ax = plt.subplots(figsize=(6.2, 2.9))
+        fig, ax = plt.subplots(figsize=(5.2, 2.9))
         t = np.linspace(0, end, 500)
         ax.fill_between(t, (t < 4) * 1.0, color=COLORS["x"], alpha=0.2, lw=0, step="post")
         ax.plot(t, position(friction, t), color=COLORS["ref"], lw=4, alpha=0.5)
@@ -127,7 +130,7 @@ def leaky_bank():
         for k in range(1, n):
             h[k] = keep * h[k - 1] + (1 - keep) * signal[k - 1]
         age = t[-1] - t
-        fig, (above, below) = plt.subplots(2, 1, figsize=(6.2, 3.9), sharex=True)
+        fig, (above, below) = plt.subplots(2, 1, figsize=(5.2, 3.9), sharex=True)
         above.fill_between(t, signal, color=COLORS["x"], alpha=0.3, lw=0, step="post")
         above.plot(t, h, color=COLORS["h"])
         above.set(ylim=(0, 1.1), ylabel="signal, state")
@@ -149,35 +152,43 @@ def leaky_bank():
 
 
 def delta_gate():
-    """Δ as a gate: how much of one token a state takes in, the other tokens as they are."""
+    """Δ as a gate by two rules: how much of one token a state takes in, the others as they are."""
     tokens = np.array([0.6, 0.5, 0.7, 0.6, -0.9, 0.5, 0.6, 0.4, 0.6, 0.5])
-    place, usual = 4, 0.3  # which token's Δ the reader sets, and that of the others
+    place, usual, floor = 4, 0.3, -3.0  # which token's Δ the reader sets, that of the others
+    rules = {  # the weight of the token
+        "zero-order hold": lambda delta: 1 - np.exp(-delta),
+        "Mamba's mix": lambda delta: delta,
+    }
 
-    def draw(delta):
+    def draw(rule, delta):
         steps = np.full(len(tokens), usual)
         steps[place] = delta
         h, states = 0.0, []
         for x, d in zip(tokens, steps, strict=True):
-            keep = np.exp(-d)
-            h = keep * h + (1 - keep) * x
+            h = np.exp(-d) * h + rules[rule](d) * x
             states.append(h)
-        fig, ax = plt.subplots(figsize=(6.2, 2.9))
+        fig, ax = plt.subplots(figsize=(5.2, 3.4))
         colors = [COLORS["x"]] * len(tokens)
         colors[place] = COLORS["delta"]
         ax.bar(range(len(tokens)), tokens, color=colors, alpha=0.5, width=0.6)
-        ax.step(range(len(tokens)), states, where="mid", color=COLORS["h"])
+        ax.step(range(len(tokens)), np.maximum(states, floor), where="mid", color=COLORS["h"])
         ax.axhline(0, color=COLORS["ref"], lw=1)
-        ax.text(place, -0.98, f"Δ = {delta}", color=COLORS["delta"], ha="center", va="top")
-        ax.set(xlabel="token", ylabel="token, state", ylim=(-1.2, 1), xticks=range(len(tokens)))
+        ax.text(place, 0.72, f"Δ = {delta}", color=COLORS["delta"], ha="center", va="bottom")
+        if states[place] < floor:
+            down = {"color": COLORS["h"], "ha": "right", "va": "bottom"}
+            ax.text(place - 0.6, floor, f"to {states[place]:.1f} ↓".replace("-", "−"), **down)
+        ax.set(xlabel="token", ylabel="token, state", ylim=(floor, 1), xticks=range(len(tokens)))
+        keeps, takes = np.exp(-delta), rules[rule](delta)
         return fig, (
-            f"With Δ = {delta} the state takes in {1 - np.exp(-delta):.0%} of this token and keeps "
-            f"{np.exp(-delta):.0%} of what it was."
+            f"By {rule} with Δ = {delta} the state keeps {keeps:.0%} of what it was and adds "
+            f"{takes:.3g} times the token: the two weights add up to {keeps + takes:.3g}."
         )
 
     frames(
         draw,
-        {"Δ of the odd token": [0, 0.1, 0.3, 1, 3, 10]},
-        start=(0.3,),
+        {"rule": list(rules), "Δ of the odd token": [0, 0.1, 0.3, 1, 3, 10]},
+        start=("zero-order hold", 0.3),
         alt="Ten tokens as bars, one of them negative, and the state as a line. With Δ = 0 at the "
-        "odd token the state passes over it; with a large Δ it jumps to it and forgets the rest.",
+        "odd token the state passes over it. With a large Δ it forgets the rest; by zero-order "
+        "hold it becomes the token, by Mamba's mix Δ times the token.",
     )

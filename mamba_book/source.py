@@ -10,7 +10,7 @@ def show_source(*objects):
 
     Each object becomes one output: the name of its file, then its highlighted source. Jitted and
     custom_vjp functions are unwrapped. The plain-text form of the output names the object, and
-    ``tests/test_book.py`` reads there which names a chapter has shown.
+    ``tests/book/test_source.py`` reads there which names a chapter has shown.
 
     Raises TypeError for an object that no file defines (a built-in, a value).
     """

@@ -18,9 +18,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from mamba import EMBEDDED, Mamba, generate
+from mamba.checkpoint.hub import load_tokenizer
 from mamba.discretize import zoh
 from mamba.lti import exact_solution, recurrence
-from mamba.pretrained import load_tokenizer
 from mamba_book import COLORS
 
 STATIC = Path(__file__).resolve().parents[1] / "book" / "_static"

@@ -3,10 +3,11 @@
     make fuzz                                  # both formats, a few minutes
     python scripts/fuzz_checkpoint.py bin -max_total_time=600
 
-Needs atheris (requirements-fuzz.txt), Google's fuzzer on libFuzzer, whose options it takes. "bin"
-mutates PyTorch files as they are, "pickle" only the pickle inside a sound archive, "safetensors"
-the other format. Every file must be read or refused with a CheckpointError (tests/hostile.py says
-what else must hold); anything else stops the search, and is written to a crash-* file.
+It needs atheris (requirements-fuzz.txt), Google's fuzzer on libFuzzer, and takes libFuzzer's
+options. "bin" mutates whole PyTorch files, "pickle" only the pickle inside a valid archive,
+"safetensors" files in that format. Every file must be read, or refused with a CheckpointError;
+tests/helpers/hostile.py says what else holds. A file that breaks this stops the search, and is
+written to a crash-* file.
 """
 
 import os
@@ -17,11 +18,10 @@ from pathlib import Path
 import atheris
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-READERS = ["mamba.tensors", "mamba.torch_zip", "mamba.torch_bin", "mamba.checkpoint"]
-with atheris.instrument_imports(include=[*READERS, "pickletools", "zipfile"]):
-    import bin_files
-    from hostile import outcome
+sys.path.insert(0, str(ROOT))
+with atheris.instrument_imports(include=["mamba.checkpoint", "pickletools", "zipfile"]):
+    from tests.helpers import bin_files
+    from tests.helpers.hostile import outcome
 
 GOLDEN = ROOT / "tests" / "golden" / "bin"
 TARGETS = ("bin", "pickle", "safetensors")

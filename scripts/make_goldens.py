@@ -1,10 +1,10 @@
-"""Regenerate tests/golden with PyTorch and transformers: what the default tests compare with.
+"""Regenerate tests/golden, which the default tests compare with, using PyTorch and transformers.
 
     pip install torch transformers && python scripts/make_goldens.py
 
-logits/<form>/  a small random model as others publish it, with tokens, logits and a greedy
+logits/<form>/  a small random model in a published form, with tokens, logits and a greedy
                 continuation by transformers in float32 (reference.safetensors)
-bin/*.bin       files by torch.save, each with the tensors it holds as safetensors
+bin/*.bin       files by torch.save, each beside its tensors as safetensors
 """
 
 import shutil
@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-import reference_models  # noqa: E402
+sys.path.insert(0, str(ROOT))
+from tests.helpers import reference_models  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
 

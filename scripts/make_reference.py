@@ -1,9 +1,10 @@
-"""What PyTorch's Mamba says to the checkpoint that ships with us: chapter 6 compares with this.
+"""Record PyTorch's logits for the checkpoint that ships with us, which chapter 6 compares with.
 
     pip install torch transformers && python scripts/make_reference.py
 
-Loads mamba/weights/pystdlib into transformers' MambaForCausalLM, in float32; records its logits
-for a line of Python and its greedy continuation of a prompt: mamba_book/data/reference.safetensors
+Loads mamba/weights/pystdlib into transformers' MambaForCausalLM, in float32. Writes its logits for
+a few lines of Python, and its greedy continuation of a prompt, to
+mamba_book/data/reference.safetensors.
 """
 
 import json
@@ -49,7 +50,7 @@ def main():
     tokens = torch.tensor([tokenizer.encode(TEXT).ids])  # (1, l)
     prompt = torch.tensor([tokenizer.encode(PROMPT).ids])  # (1, l)
     greedy = prompt
-    for _ in range(N_NEW):  # the whole sequence again for every token: nothing but forward passes
+    for _ in range(N_NEW):  # reads the whole sequence again for every token, without a state
         following = model(greedy, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
         greedy = torch.cat([greedy, following], dim=1)
     tensors = {

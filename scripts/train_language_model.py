@@ -4,11 +4,11 @@
     python scripts/train_language_model.py --steps 200 --work runs/trial   # a quick trial
 
 Data: the .py files of the running interpreter's standard library, without tests, generated tables
-and installed packages. Modules whose name hashes into one bucket of twenty are held out, whole.
-The rows of a batch read on through the text from step to step and carry their state along, so the
-model can learn a memory longer than one window. Every --save-every steps all of the training state
-is saved in --work, and the next run continues from there; a run that had ended is exported again.
-To train on a text of your own: python -m mamba.train language-model.
+and installed packages. About one module in twenty, chosen by a hash of its path, is held out. From
+step to step, each row of a batch reads on in its text and carries its state along, so the model can
+learn a memory longer than one window. Every --save-every steps the whole training state is saved in
+--work, and the next run continues from there. A finished run is exported again.
+To train on your own text: python -m mamba.train language-model.
 """
 
 import argparse
@@ -26,29 +26,30 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from mamba import Mamba, MambaConfig, generate
-from mamba.corpus import END, bits_per_byte, encode, text_batches, train_tokenizer
-from mamba.loop import decayed, make_optimizer, train
-from mamba.machine import describe_run
+from mamba.train.corpus import END, bits_per_byte, encode, text_batches, train_tokenizer
+from mamba.train.loop import train
+from mamba.train.optimizer import make_optimizer, weight_decay_mask
+from mamba.train.results import describe_run
 
 ROOT = Path(__file__).resolve().parents[1]
-LEFT_OUT = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "__pycache__"}
+SKIPPED = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "__pycache__"}
 
 
 # --- data ---------------------------------------------------------------------------------------
 
 
 def read_library():
-    """{relative path: source} for training and for evaluation, in the order of the paths."""
+    """-> {relative path: source} for training, and the same for evaluation, sorted by path."""
     root = Path(sysconfig.get_paths()["stdlib"])
     train, held_out = {}, {}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
-        if LEFT_OUT & set(name.parts):
+        if SKIPPED & set(name.parts):
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
-        bucket = hashlib.sha256(name.as_posix().encode()).digest()[0] % 20
+        is_held_out = hashlib.sha256(name.as_posix().encode()).digest()[0] % 20 == 0
         if text:
-            (held_out if bucket == 0 else train)[name.as_posix()] = text
+            (held_out if is_held_out else train)[name.as_posix()] = text
     return train, held_out
 
 
@@ -56,7 +57,7 @@ def read_library():
 
 
 def compressed_bits_per_byte(compress, texts):
-    """The same for a compressor that gets one file at a time, as `gzip -9 FILE` does."""
+    """Bits per byte of a compressor that gets one file at a time, as `gzip -9 FILE` does."""
     data = [t.encode() for t in texts]
     return 8 * sum(len(compress(d)) for d in data) / sum(map(len, data))
 
@@ -65,14 +66,28 @@ def compressed_bits_per_byte(compress, texts):
 
 
 def to_half(params):
-    """float16 for the matrices; A_log, D, biases and norms stay float32, as they do when loaded."""
-    return jax.tree.map(
-        lambda v, matrix: v.astype(jnp.float16 if matrix else jnp.float32), params, decayed(params)
-    )
+    """float16 for the matrices; A_log, D, biases and norms stay float32, as they do when loaded.
+
+    The matrices are exactly the parameters that decay.
+    """
+
+    def convert(value, is_matrix):
+        return value.astype(jnp.float16 if is_matrix else jnp.float32)
+
+    return jax.tree.map(convert, params, weight_decay_mask(params))
 
 
 def export(args, model, trained, tokenizer, held_out, corpus):
-    """Write the checkpoint folder, load it back, evaluate what was stored, and write the card."""
+    """Write the checkpoint folder, load it back, evaluate the loaded model, and write the card.
+
+    Args:
+        args: the command's arguments.
+        model: the trained model.
+        trained: a ``Trained``.
+        tokenizer: of the model.
+        held_out: {path: source} to evaluate on.
+        corpus: dict that describes the text, for the results and the card.
+    """
     params = to_half(trained.params)
     model.save_pretrained(params, args.out)
     PreTrainedTokenizerFast(
@@ -109,7 +124,7 @@ def export(args, model, trained, tokenizer, held_out, corpus):
         "seconds": round(trained.seconds),
         "bits_per_byte": {k: round(v, 4) for k, v in scores.items()},
         "greedy": greedy,
-        "curve": [  # mean loss in nats per token over stretches of 20 steps
+        "curve": [  # [step, mean loss of the last 20 steps in nats per token]
             [i + 20, round(float(trained.curve[i : i + 20, 0].mean()), 4)]
             for i in range(0, args.steps - 19, 20)
         ],
@@ -121,7 +136,7 @@ def export(args, model, trained, tokenizer, held_out, corpus):
 
 
 def model_card(result):
-    """The card beside the weights, from the numbers of this run."""
+    """The README that lies beside the weights, with the numbers of this run -> its text."""
     r, c, s, bits = result, result["corpus"], result["settings"], result["bits_per_byte"]
     run = r["run"]
     versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
@@ -191,7 +206,7 @@ def parse_arguments():
 
 
 def numbers(args):
-    """What of the arguments changes the result."""
+    """The arguments that change the result -> dict."""
     return {k: v for k, v in vars(args).items() if k != "save_every" and not isinstance(v, Path)}
 
 
@@ -203,14 +218,14 @@ def main():
     if not path.exists():
         train_tokenizer(train_text.values(), args.vocab_size).save(str(path))
     tokenizer = Tokenizer.from_file(str(path))
-    files = encode(tokenizer, train_text.values())
+    token_ids = encode(tokenizer, train_text.values())
     model = Mamba(MambaConfig(args.d_model, args.n_layer, tokenizer.get_vocab_size()))
     everything = "".join(f"{k}\n{v}" for k, v in sorted((train_text | held_out).items()))
     corpus = {
         "python": platform.python_version(),
-        "modules": len(files),
+        "modules": len(token_ids),
         "bytes": sum(len(t.encode()) for t in train_text.values()),
-        "tokens": sum(map(len, files)),
+        "tokens": sum(map(len, token_ids)),
         "held_out_modules": len(held_out),
         "held_out_bytes": sum(len(t.encode()) for t in held_out.values()),
         "sha256": hashlib.sha256(everything.encode()).hexdigest(),
@@ -218,7 +233,7 @@ def main():
     print(json.dumps(corpus))
     trained = train(
         model,
-        text_batches(files, args.batch, args.window, seed=args.seed),
+        text_batches(token_ids, args.batch, args.window, seed=args.seed),
         make_optimizer(args.learning_rate, args.steps, warmup=args.warmup),
         args.steps,
         seed=args.seed,

@@ -115,7 +115,7 @@ def test_impulse_response_agrees_with_scipy(double):
     A, B, C, _, _ = system(4, seed=8)
     t = np.linspace(0, 5, 41)
     K = impulse_response(*as_jax(A, B, C, t))
-    expected = [C @ scipy.linalg.expm(s * A) @ B for s in t]
+    expected = np.array([C @ scipy.linalg.expm(s * A) @ B for s in t])
     _, simulated = scipy.signal.impulse((A, B[:, None], C[None], 0.0), T=t)
     assert K.shape == (41,)
     assert relative_error(K, expected) < 1e-12
@@ -175,7 +175,7 @@ def test_kernel_is_the_response_to_one_impulse():
     A_bar, B_bar = scipy_zoh(A, B, 0.5)
     l = 20
     K = convolution_kernel(*(jnp.float32(v) for v in (A_bar, B_bar, C)), l)
-    powers = [C @ np.linalg.matrix_power(A_bar, k) @ B_bar for k in range(l)]
+    powers = np.array([C @ np.linalg.matrix_power(A_bar, k) @ B_bar for k in range(l)])
     response, _ = numpy_loop(A_bar, B_bar, C, 0.0, np.eye(l)[0])
     assert relative_error(K, powers) < 1e-5
     assert relative_error(K, response) < 1e-5

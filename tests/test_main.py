@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 
 from mamba import Mamba, MambaConfig, generate
 from mamba.__main__ import main
-from mamba.corpus import train_tokenizer
-from tests.parameters import random_params
+from mamba.train.corpus import train_tokenizer
+from tests.helpers.parameters import random_params
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def run(folder, capsys, monkeypatch):
-    """Run the command on that folder -> (exit code, stdout, stderr). No stdin: a terminal."""
+    """Run the command on that folder -> exit code, stdout, stderr. Stdin is text or a terminal."""
 
     class Terminal(io.StringIO):
         def isatty(self):
@@ -49,7 +49,7 @@ def run(folder, capsys, monkeypatch):
 
 
 def expected(folder, prompt, n, seed=0):
-    """What the command must print, by way of `generate`."""
+    """What the command must print, from `generate`."""
     model, params = Mamba.from_pretrained(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     settings = {"tokenizer": tokenizer, "n_tokens_to_gen": n, "eos_token_id": 0}
@@ -69,12 +69,12 @@ def test_prints_what_generate_gives(run, folder):
 class Captured:
     """In place of `stream`: keeps what it was called with, and writes a few words."""
 
-    def __init__(self, pieces=("one ", "", "two")):
-        self.pieces = pieces
+    def __init__(self, texts=("one ", "", "two")):
+        self.texts = texts
 
     def __call__(self, model, **settings):
         self.settings = settings | {"model": model}
-        return iter(self.pieces)
+        return iter(self.texts)
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_a_stop_string_ends_the_text(run, folder):
 
 
 def test_a_text_read_once(run, folder, tmp_path):
-    """Reading and continuing in two commands is doing it in one."""
+    """Reading and continuing in two commands gives what one command gives."""
     file = str(tmp_path / "text.safetensors")
     assert run("-n", "0", "--save-state", file, stdin="def main(\n") == (0, "", "")
     whole = expected(folder, "def main(", 20)
@@ -132,7 +132,7 @@ def test_a_text_read_once(run, folder, tmp_path):
     assert (code, out) == (0, expected(folder, "def main(x", 20)[9:])
 
 
-def test_a_state_file_that_is_none(run, tmp_path):
+def test_a_file_that_is_no_state(run, tmp_path):
     file = tmp_path / "text.safetensors"
     code, out, err = run("a", "--state", str(file))
     assert code == 1 and out == "" and "text.safetensors" in err
@@ -171,7 +171,7 @@ def test_float16_weights(run, folder):
 def test_ctrl_c_inside_a_callback_is_not_lost(run, captured):
     """JAX prints and drops what is raised inside its callbacks; the text must end all the same."""
 
-    def pieces():
+    def texts():
         yield "one "
         try:
             signal.raise_signal(signal.SIGINT)
@@ -180,14 +180,14 @@ def test_ctrl_c_inside_a_callback_is_not_lost(run, captured):
         yield "two"
         yield "three"
 
-    captured.pieces = pieces()
+    captured.texts = texts()
     code, out, _ = run("a")
     assert (code, out) == (130, "aone ")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_character_that_the_terminal_lacks(run, captured, monkeypatch):
-    captured.pieces = ("日本",)
+    captured.texts = ("日本",)
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     assert run("a")[0] == 0
@@ -278,7 +278,7 @@ def test_a_broken_pipe_is_silent(folder):
 
 
 def test_the_embedded_model_continues_code():
-    """No folder, no network: the model that ships with the module."""
+    """Without a folder and a network, the model that ships with the module is used."""
     process = start("--n-tokens", "8", "--temperature", "0", "def __init__(self")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and out.startswith(b"def __init__(self"), err

@@ -1,6 +1,6 @@
 """The published weights give the published outputs. Needs the internet; `make network-test`.
 
-The expected values stand in the model cards and tests of others; they were not produced here.
+The expected values come from the model cards and tests of others. We did not produce them.
 """
 
 import jax
@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from mamba import Mamba, generate
-from mamba.pretrained import load_tokenizer
+from mamba import Mamba, generate, load_tokenizer
 
 pytestmark = pytest.mark.network
 

@@ -1,6 +1,6 @@
-"""Against transformers' PyTorch Mamba, live: new random weights, every form of file.
+"""Comparison with transformers' PyTorch Mamba, live: new random weights in every form of file.
 
-Deselected by default; `make parity` installs PyTorch and runs it. Float32 throughout.
+Deselected by default. `make parity` installs PyTorch and runs it. All numbers are float32.
 """
 
 import shutil
@@ -9,8 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from mamba.generate import generate
-from mamba.pretrained import from_pretrained
+from mamba import Mamba, generate
 
 pytestmark = pytest.mark.parity
 
@@ -27,7 +26,7 @@ LENGTHS = [1, 7, 37, 64]
 @pytest.fixture(scope="module")
 def reference_models():
     try:
-        import reference_models
+        from tests.helpers import reference_models
     except ModuleNotFoundError as error:
         pytest.fail(f"{error}: the parity tests need PyTorch and transformers; run `make parity`")
     return reference_models
@@ -39,7 +38,7 @@ def pair(request, reference_models, tmp_path_factory):
     theirs = reference_models.reference(request.param, seed=1000 + FORMS.index(request.param))
     folder = tmp_path_factory.mktemp(request.param)
     reference_models.save(theirs, request.param, folder)
-    ours, params = from_pretrained(folder)
+    ours, params = Mamba.from_pretrained(folder)
     shutil.rmtree(folder)  # the parameters do not depend on the files any more
     return theirs, ours, params
 

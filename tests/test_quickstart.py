@@ -1,6 +1,7 @@
 """The quick start of the README, as a newcomer runs it: from a hub, without PyTorch.
 
-The hub is hub_server.py's, on loopback. The model is tiny and random, in the original format.
+The hub is ``tests.helpers.hub_server``, on loopback. The model is tiny and random, in the original
+format.
 """
 
 import json
@@ -9,16 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bin_files
 import numpy as np
 import pytest
-from hub_server import HubServer
 
-from mamba.block import MambaConfig
-from mamba.corpus import train_tokenizer
-from mamba.naming import tensor_table
+from mamba.checkpoint.names import tensor_table
+from mamba.mamba1 import MambaConfig
+from mamba.train.corpus import train_tokenizer
+from tests.helpers import bin_files
+from tests.helpers.hub_server import HubServer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 
 QUICK_START = """\
 from mamba import Mamba, generate
@@ -26,7 +27,7 @@ model, params = Mamba.from_pretrained('state-spaces/mamba-370m')
 from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained('EleutherAI/gpt-neox-20b')
 out = generate(model, key=jax.random.PRNGKey(42), params=params, tokenizer=tokenizer, prompt='Mamba is the', n_tokens_to_gen=40)
-"""  # noqa: E501 (it stands so in the README)
+"""  # noqa: E501 (as in the README)
 
 NO_TORCH = """\
 import sys
@@ -99,7 +100,7 @@ def run(code, home, url, *options):
 def test_quick_start(hub, tmp_path):
     home = tmp_path / "home"
     code = NO_TORCH + QUICK_START + REPORT
-    done = run(code, home, hub.url, ("TQDM_POSITION", "-1"))  # a bar although it is no terminal
+    done = run(code, home, hub.url, ("TQDM_POSITION", "-1"))  # a bar outside a terminal, too
     first = json.loads(done.stdout.splitlines()[-1])
     assert first["d_model"] == 16 and first["vocab"] % 8 != 0
     assert "pytorch_model.bin" in done.stderr  # the download shows its progress

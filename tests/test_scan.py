@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba.scan import combine, selective_scan
+from mamba.scan import CHUNKS, combine, selective_scan
 from mamba_book.reference import relative_error, selective_scan_gradients, selective_scan_loop
 
 METHODS = ["sequential", "chunked", "associative"]
-IN_CHUNKS = ["sequential", "chunked"]  # with a backward pass of their own
+IN_CHUNKS = list(CHUNKS)  # with a backward pass of their own
 NAMES = ["x", "delta", "A", "B", "C", "D", "z", "h0"]
+ALONG_TIME = {"x", "delta", "B", "C", "z"}  # the arguments with a time axis
 
 
 def random_inputs(b, l, d, n, seed=0):
@@ -86,11 +87,56 @@ def test_long_sequence_does_not_drift(method):
     assert relative_error(y, y_ref) < 1e-5 and relative_error(h, h_ref) < 1e-5
 
 
+@pytest.mark.parametrize("method", IN_CHUNKS)
+@pytest.mark.parametrize("chunk", [1, 3, 21, 100])
+def test_any_length_of_a_chunk(method, chunk):
+    """Values and gradients are those of the length by default; a chunk may be one token, or all."""
+    inputs = as_float32(random_inputs(2, 21, 3, 4))
+    cotangents = tuple(map(np.float32, random_cotangents(inputs)))
+
+    @jax.jit
+    def of(inputs):
+        f = partial(selective_scan, method=method, return_state=True)
+        results = []
+        for run in (f, partial(f, chunk=chunk)):
+            out, pull = jax.vjp(lambda v, run=run: run(**v), inputs)
+            results.append((out, pull(cotangents)[0]))
+        return results
+
+    expected, found = of(inputs)
+    for a, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert relative_error(a, e) < 1e-5
+
+
+def test_the_length_of_a_chunk_says_which_states_are_kept():
+    """One state (n, d) per chunk is what the backward pass gets, for the chunk that was asked."""
+    l, d, n = 40, 3, 4
+    inputs = as_float32(random_inputs(1, l, d, n))
+    for method in IN_CHUNKS:
+        for chunk in (5, 8, CHUNKS[method]):
+            f = partial(selective_scan, method=method, chunk=chunk)
+            pull = jax.eval_shape(lambda v, f=f: jax.vjp(lambda v: f(**v), v)[1], inputs)
+            kept = -(-l // min(chunk, l))
+            assert (1, kept, n, d) in {leaf.shape for leaf in jax.tree.leaves(pull)}
+
+
+@pytest.mark.parametrize("method", ["associative", "pallas"])
+def test_methods_without_chunks_refuse_one(method):
+    with pytest.raises(ValueError, match=f"method '{method}' takes no chunk"):
+        selective_scan(**as_float32(random_inputs(1, 4, 2, 2)), method=method, chunk=8)
+
+
+@pytest.mark.parametrize("chunk", [0, -1, 2.0, "16"])
+def test_bad_chunks(chunk):
+    with pytest.raises(ValueError, match="chunk must be a number of tokens, at least 1"):
+        selective_scan(**as_float32(random_inputs(1, 4, 2, 2)), method="chunked", chunk=chunk)
+
+
 # --- gradients ----------------------------------------------------------------------------------
 
 
 def random_resets(b, l, seed=0):
-    """Pieces of all lengths, from one token on; one row starts with a reset, one has none."""
+    """Segments of all lengths, from one token on; one row starts with a reset, one has none."""
     resets = np.random.default_rng(seed).uniform(size=(b, l)) < 0.2
     resets[0, 0] = True
     resets[-1] = False
@@ -181,36 +227,36 @@ def test_forward_mode():
 # --- packed rows --------------------------------------------------------------------------------
 
 
-def pieces_of(row):
-    """-> [(first, last + 1), ...] of the pieces in one row of resets."""
+def segments_of(row):
+    """-> [(first, last + 1), ...] of the segments in one row of resets."""
     edges = sorted({0, *np.flatnonzero(row), len(row)})
     return list(zip(edges[:-1], edges[1:], strict=True))
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("l", [1, 15, 70])
-def test_packed_pieces_are_the_pieces_apart(method, l):
-    """Values, the returned state and every gradient, the pieces run by the float64 reference."""
+def test_packed_segments_are_the_segments_apart(method, l):
+    """Values, the returned state and every gradient, the segments run by the float64 reference."""
     inputs, resets = random_inputs(3, l, 2, 3, seed=l), random_resets(3, l, seed=l)
     dy, dh = random_cotangents(inputs)
     (y, h), grads = with_gradients(as_float32(inputs), dy, dh, resets, method=method)
     expected = {k: np.zeros_like(v) for k, v in inputs.items()}
     for i, row in enumerate(resets):
-        for first, last in pieces_of(row):
+        for first, last in segments_of(row):
             part = np.s_[i : i + 1, first:last]
-            piece = {k: v[part] if k in "x delta B C z" else v for k, v in inputs.items()}
-            piece["h0"] = np.zeros((1, 2, 3)) if row[first] else inputs["h0"][i : i + 1]
-            y_piece, h_piece = selective_scan_loop(**piece)
-            assert relative_error(y[part], y_piece) < 1e-5
+            segment = {k: v[part] if k in ALONG_TIME else v for k, v in inputs.items()}
+            segment["h0"] = np.zeros((1, 2, 3)) if row[first] else inputs["h0"][i : i + 1]
+            y_alone, h_alone = selective_scan_loop(**segment)
+            assert relative_error(y[part], y_alone) < 1e-5
             at_end = dh[i : i + 1] * (last == l)
-            for k, v in selective_scan_gradients(dy[part], at_end, **piece).items():
-                if k in "x delta B C z":
+            for k, v in selective_scan_gradients(dy[part], at_end, **segment).items():
+                if k in ALONG_TIME:
                     expected[k][part] = v
                 elif k != "h0":
                     expected[k] += v
                 elif not row[first]:
                     expected[k][i : i + 1] = v
-        assert relative_error(h[i : i + 1], h_piece) < 1e-5
+        assert relative_error(h[i : i + 1], h_alone) < 1e-5
     for name in NAMES:
         assert relative_error(grads[name], expected[name]) < 1e-4, name
 
@@ -239,7 +285,7 @@ def test_nothing_crosses_a_reset(method):
     )
     assert (y[:, 67:] == y_other[:, 67:]).all() and (h == h_other).all()
     assert not grads["h0"].any()
-    for name in "x delta B C z".split():
+    for name in sorted(ALONG_TIME):
         assert not grads[name][:, :67].any() and grads[name][:, 67:].any(), name
 
 
@@ -251,8 +297,8 @@ def test_any_split_continues(method):
     inputs = as_float32(random_inputs(2, 40, 3, 4))
     whole, h_whole = run(inputs, method)
     for cut in (1, 20):
-        first = {k: v[:, :cut] if k in "x delta B C z".split() else v for k, v in inputs.items()}
-        rest = {k: v[:, cut:] if k in "x delta B C z".split() else v for k, v in inputs.items()}
+        first = {k: v[:, :cut] if k in ALONG_TIME else v for k, v in inputs.items()}
+        rest = {k: v[:, cut:] if k in ALONG_TIME else v for k, v in inputs.items()}
         y1, h = run(first, method)
         y2, h = run(rest | {"h0": h}, method)
         assert relative_error(np.concatenate([y1, y2], 1), whole) < 1e-5

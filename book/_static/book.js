@@ -19,3 +19,21 @@ addEventListener("DOMContentLoaded", () => {
     return ((anchor && main.querySelector(anchor)) || main).textContent;
   };
 });
+
+// A row of many buttons is a track: with the button or the finger down, the figure follows. Without
+// this, and in a notebook, one presses the buttons.
+addEventListener("pointerdown", ({ target }) => {
+  const track = target.closest(".book-frames .track");
+  if (!track) return;
+  const follow = ({ clientX }) => {
+    for (const label of track.querySelectorAll("label")) {
+      const { left, right } = label.getBoundingClientRect();
+      if (left <= clientX && clientX < right && !label.control.checked) label.control.click();
+    }
+  };
+  const until = new AbortController();
+  addEventListener("pointermove", follow, { signal: until.signal });
+  for (const end of ["pointerup", "pointercancel"]) {
+    addEventListener(end, () => until.abort(), { signal: until.signal });
+  }
+});

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.browser.reader import HTML, pages
+from tests.browser.reader import HTML, inject, pages
 
 pytestmark = pytest.mark.browser
 FIGURES = [
@@ -18,9 +18,12 @@ FIGURES = [
 
 # What is seen of a figure: which frames of the drawing, which sentence, which button of each row.
 STATE = """figure => ({
-  drawn: [...figure.querySelectorAll("svg g.f")]
-    .flatMap((g, i) => getComputedStyle(g).display !== "none" ? [i] : []),
-  said: [...figure.querySelectorAll("p .f")].filter(s => s.checkVisibility()).map(s => s.innerText),
+  drawn: [...figure.querySelectorAll("svg g.f")].flatMap((g, i) => {
+    const { display, visibility } = getComputedStyle(g);
+    return display !== "none" && visibility === "visible" ? [i] : [];
+  }),
+  said: [...figure.querySelectorAll("p .f")]
+    .filter(s => s.checkVisibility({ visibilityProperty: true })).map(s => s.innerText),
   chosen: [...figure.querySelectorAll("input")].flatMap((b, i) => b.checked ? [i] : []),
 })"""
 # Put the focus just before a figure, as a reader has it who has come there by the keyboard.
@@ -39,7 +42,7 @@ OTHER = "main :is(input, select, textarea, canvas, video, iframe, .js-plotly-plo
 def test_every_button_shows_its_own_frame(book, page, name, width):
     with book.open(page, width) as tab:
         figure = tab.locator(f"#{name}")
-        rows = [row.locator("label") for row in figure.locator("fieldset").all()]
+        rows = [row.locator("label:not(.play *)") for row in figure.locator("fieldset").all()]
         said, drawn = set(), set()
         for choice in itertools.product(*(range(row.count()) for row in rows)):
             for row, k in zip(rows, choice, strict=True):
@@ -72,6 +75,60 @@ def test_figures_are_driven_from_the_keyboard(book, page, name):
             assert before["chosen"] != after["chosen"] and before["said"] != after["said"]
             tab.keyboard.press("ArrowLeft")
             assert figure.evaluate(STATE) == before
+
+
+@pytest.fixture(scope="module")
+def tank():
+    """The page's text with a figure in it that plays, as mamba_book makes it."""
+    import mamba_book.interactive
+    from mamba_book import subplots
+
+    def draw(time):
+        fig, ax = subplots(figsize=(4.0, 2.4))
+        ax.bar([0], [8 - time])
+        ax.set(ylim=(0, 9))
+        return fig, f"After {time} s the level is {8 - time}."
+
+    shown = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mamba_book.interactive, "display", lambda bundle, raw: shown.append(bundle))
+        mamba_book.frames(draw, {"time (s)": list(range(8))}, alt="a tank that drains", play=0.4)
+    return inject(shown[0]["text/html"])
+
+
+def test_a_figure_plays_pauses_and_is_dragged(book, tank):
+    with book.open("book/notation.html", 390, alter=tank) as tab:
+        figure = tab.locator(".book-frames").first
+        said = lambda: figure.evaluate(STATE)["said"]  # noqa: E731
+        assert said() == ["After 0 s the level is 8."]
+        play, pause = figure.locator(".play label").all()
+        play.click()
+        while said() != ["After 3 s the level is 5."]:
+            tab.wait_for_timeout(50)
+        pause.click()
+        stopped = figure.evaluate(STATE)
+        tab.wait_for_timeout(900)  # two frames
+        assert figure.evaluate(STATE) == stopped and len(stopped["said"]) == 1
+        first, last = (figure.locator(".track label").nth(k).bounding_box() for k in (1, 6))
+        tab.mouse.move(first["x"] + 5, first["y"] + 5)
+        tab.mouse.down()
+        assert said() == stopped["said"]
+        tab.mouse.move(last["x"] + 5, last["y"] + 60, steps=8)
+        assert said() == ["After 6 s the level is 2."]
+        tab.mouse.up()
+        tab.mouse.move(first["x"] + 5, first["y"] + 5, steps=8)
+        assert said() == ["After 6 s the level is 2."]
+        assert tab.errors == []
+
+
+def test_a_figure_does_not_play_where_motion_is_not_wanted(book, tank):
+    with book.open("book/notation.html", alter=tank) as tab:
+        tab.emulate_media(reduced_motion="reduce")
+        figure = tab.locator(".book-frames").first
+        assert not figure.locator(".play").is_visible()
+        figure.locator(".play input").first.evaluate("play => { play.checked = true; }")
+        tab.wait_for_timeout(900)
+        assert figure.evaluate(STATE)["said"] == ["After 0 s the level is 8."]
 
 
 def test_the_scan_tree_goes_through_its_rounds(book):

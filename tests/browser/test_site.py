@@ -111,11 +111,43 @@ def test_menus_open_from_the_keyboard(book):
 def test_a_listing_is_copied_as_it_stands(book):
     with book.open(FIRST) as tab:
         tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
-        cell = tab.locator(".cell_input div.highlight").nth(1)
+        cell = tab.locator(".cell_input div.highlight:visible").nth(1)
         cell.hover()
         cell.locator("button.copybtn").click()
         copied = tab.evaluate("navigator.clipboard.readText()")
         assert copied.strip() == cell.locator("pre").inner_text().strip()
+
+
+FOLDED = [page for page in pages() if 'class="fold"' in (HTML / page).read_text("utf-8")]
+
+
+@pytest.mark.parametrize("page", FOLDED)
+def test_folds_are_quiet_lines_that_say_what_they_hold(book, page):
+    with book.open(page) as tab:
+        assert tab.evaluate(FOLDS) == []
+        bar = tab.locator("details.fold > summary").first
+        bar.focus()
+        hidden = tab.locator("details.fold").first.locator("pre, table, img, svg").first
+        assert not hidden.is_visible()
+        tab.keyboard.press("Enter")
+        assert hidden.is_visible()
+
+
+# The last thing of their cell, never directly below another, and smaller than the text.
+FOLDS = """() => {
+  const size = (element) => parseFloat(getComputedStyle(element).fontSize);
+  const faults = [], text = size(document.querySelector("article p"));
+  for (const fold of document.querySelectorAll("details.fold")) {
+    const bar = fold.querySelector("summary"), cell = fold.closest(".cell");
+    const before = cell.previousElementSibling?.querySelector(":scope > .fold:last-child");
+    const mute = bar.innerText.trim().length < 5 || bar.hasAttribute("aria-label");
+    if (mute) faults.push(`mute: ${bar.outerHTML}`);
+    if (size(bar) >= text) faults.push(`loud: ${bar.innerText}`);
+    if (fold !== cell.lastElementChild) faults.push(`above something: ${bar.innerText}`);
+    if (before && !fold.previousElementSibling) faults.push(`below a bar: ${bar.innerText}`);
+  }
+  return faults;
+}"""
 
 
 def test_the_reader_chooses_the_theme(book):

@@ -1,0 +1,159 @@
+"""Where a checkpoint lies: in a local folder, or in a repository of the Hugging Face Hub."""
+
+import re
+from pathlib import Path
+
+from mamba.checkpoint.files import read_json
+from mamba.checkpoint.tensors import CheckpointError, abridged
+
+__all__ = ["CONFIG", "EMBEDDED", "WEIGHTS", "find_source", "load_tokenizer"]
+
+EMBEDDED = Path(__file__).parents[1] / "weights" / "pystdlib"  # the checkpoint that ships with us
+
+CONFIG = "config.json"
+# In the order in which they are looked for.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+TOKENIZER = "tokenizer.json"
+ORIGINAL_TOKENIZER = "EleutherAI/gpt-neox-20b"  # state-spaces/mamba-* were trained with this one
+
+_COMMIT = re.compile("[0-9a-f]{40}")
+_REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # "organization/name" or "name"
+
+
+def load_tokenizer(name, revision=None, cache_dir=None):
+    """Load the tokenizer of a local folder or hub repository -> ``tokenizers.Tokenizer``.
+
+    It is read from ``tokenizer.json``. The repositories in the original naming have no such file;
+    for them it is the tokenizer of EleutherAI/gpt-neox-20b, with which they were trained. Raises as
+    ``Mamba.from_pretrained``.
+    """
+    from tokenizers import Tokenizer
+
+    source = find_source(name, revision, cache_dir)
+    path = source.find(TOKENIZER)
+    if path is None and isinstance(source, _Hub):
+        config = source.find(CONFIG)
+        keys = read_json(config) if config else {}
+        if "d_model" in keys and "hidden_size" not in keys:  # the original naming
+            path = _Hub(ORIGINAL_TOKENIZER, None, cache_dir).require(TOKENIZER)
+    path = path or source.require(TOKENIZER)
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises Exception itself
+        raise CheckpointError(f"{path}: not a tokenizer: {error}") from error
+
+
+def find_source(name, revision, cache_dir):
+    """Where the files of a checkpoint come from -> a folder or a hub repository.
+
+    Both have ``find(name)``, the path of a file or None, and ``require(*names)``, the path of the
+    first of these files that exists.
+
+    Raises:
+        ValueError: the name is empty.
+        FileNotFoundError: the name is neither a folder nor what a repository can be called.
+        NotADirectoryError: the name is that of a file.
+    """
+    if not str(name):
+        raise ValueError("the name is empty: give a folder or a repository of the hub")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _Folder(path)
+    if path.exists():
+        raise NotADirectoryError(f"{path} is a file: give the folder that holds it")
+    if isinstance(name, Path) or not _REPOSITORY.fullmatch(str(name)):
+        raise FileNotFoundError(
+            f"{name!s}: there is no such folder (and no repository of the Hugging Face Hub, such "
+            "as 'state-spaces/mamba-130m', can have this name)"
+        )
+    return _Hub(str(name), revision, cache_dir)
+
+
+class _Folder:
+    """Files of a local folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def find(self, name):
+        """Path of a file, or None if there is no such file."""
+        return self.path / name if (self.path / name).is_file() else None
+
+    def require(self, *names):
+        """Path of the first of these files that exists."""
+        for name in names:
+            if path := self.find(name):
+                return path
+        hint = ""
+        if CONFIG in names and (self.path / WEIGHTS[0]).exists():
+            hint = "; was a save interrupted? Save it again"
+        if TOKENIZER in names:
+            hint = f"; copy it in (the published models use that of {ORIGINAL_TOKENIZER})"
+        held = ", ".join(abridged(sorted(p.name for p in self.path.iterdir()), 8)) or "nothing"
+        raise FileNotFoundError(
+            f"{self.path}: expected {' or '.join(names)}; the folder holds {held}{hint}"
+        )
+
+
+class _Hub:
+    """Files of a hub repository. Each is downloaded into the hub's cache when it is asked for."""
+
+    def __init__(self, name, revision, cache_dir):
+        self.name, self.revision, self.cache_dir = name, revision, cache_dir
+        self.offline = None  # the error which showed that the hub cannot be reached
+
+    def find(self, name):
+        """Path of a file, or None if the repository (without a network: the cache) has none."""
+        from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+        from huggingface_hub import utils as errors
+
+        where = {"repo_id": self.name, "filename": name, "cache_dir": self.cache_dir}
+        where["revision"] = self.revision
+        try:
+            # A file that a commit lacks can never appear in it, so there is no need to ask again.
+            pinned = _COMMIT.fullmatch(self.revision or "")
+            if pinned and try_to_load_from_cache(**where) is _CACHED_NO_EXIST:
+                return None
+            path = Path(hf_hub_download(**where, local_files_only=self.offline is not None))
+        except errors.LocalEntryNotFoundError as error:  # not in the cache, and no answer
+            self.offline = self.offline or error.__cause__ or error
+            return None
+        except errors.EntryNotFoundError:
+            return None
+        except errors.HFValidationError as error:
+            raise ValueError(f"{self.name!r} is neither a folder nor a hub repository") from error
+        except errors.GatedRepoError as error:
+            raise PermissionError(
+                f"{self.name}: access is restricted; request it on its page at the hub, then log "
+                "in with `hf auth login`"
+            ) from error
+        except errors.RevisionNotFoundError as error:
+            raise FileNotFoundError(f"{self.name} has no revision {self.revision!r}") from error
+        except errors.RepositoryNotFoundError as error:
+            raise FileNotFoundError(
+                f"{self.name}: there is no such folder here and no such repository on the Hugging "
+                "Face Hub (a private one needs `hf auth login`)"
+            ) from error
+        except Exception as error:  # the HTTP library's own, which changed between versions
+            raise ConnectionError(
+                f"{self.name}: downloading {name} failed: {error}. Try again: the files that are "
+                "complete are kept"
+            ) from error
+        # All further files come from the same commit, even if the branch moves on meanwhile.
+        if _COMMIT.fullmatch(path.parent.name):
+            self.revision = path.parent.name
+        return path
+
+    def require(self, *names):
+        """Path of the first of these files that exists."""
+        for name in names:
+            if path := self.find(name):
+                return path
+        wanted = " or ".join(names)
+        if self.offline is None:
+            raise FileNotFoundError(f"{self.name}: the repository has no {wanted}")
+        raise ConnectionError(
+            f"{self.name}: there is no such folder, the Hugging Face Hub cannot be reached "
+            f"({self.offline}), and its cache here has no {wanted} of that name. Without a "
+            "network, give a local folder or the name of a repository that was loaded before"
+        )

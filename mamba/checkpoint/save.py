@@ -1,0 +1,50 @@
+"""The configuration and the parameters of our model -> a checkpoint."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from mamba.checkpoint.files import sync_to_disk, write_atomically, write_tensors
+from mamba.checkpoint.hub import CONFIG, WEIGHTS
+from mamba.checkpoint.names import tensor_table, write_config
+from mamba.checkpoint.tensors import compare_tensors
+
+__all__ = ["save_checkpoint"]
+
+
+def save_checkpoint(config, params, folder):
+    """Write ``config.json`` and ``model.safetensors``. See ``Mamba.save_pretrained``."""
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            "save_pretrained(params, folder): params must be the dict of parameters, "
+            f"got {type(params).__name__}"
+        )
+    specs, flat = tensor_table(config), flatten_dict(params, sep=".")
+    compare_tensors(
+        "params",
+        {spec.path: (spec.our_shape, jnp.floating) for spec in specs},
+        {path: (np.shape(leaf), jnp.result_type(leaf)) for path, leaf in flat.items()},
+    )
+    arrays = {}
+    for spec in specs:
+        array = np.asarray(flat[spec.path])
+        arrays[spec.name] = array.T.reshape(spec.shape) if spec.transpose else array
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    others = [name for name in WEIGHTS[1:] if (folder / name).exists()]
+    if others:
+        raise FileExistsError(f"{folder} holds {', '.join(others)}: save into another folder")
+    with (  # the weights come last, because the block that is entered last ends first
+        write_atomically(folder / CONFIG) as config_part,
+        write_atomically(folder / WEIGHTS[0]) as weights_part,
+    ):
+        write_config(config_part, config)
+        write_tensors(weights_part, arrays)
+        sync_to_disk(weights_part)  # a full disk shows here, while the old model is still whole
+        # From here on the folder has no configuration, and so does not load, until all is in place.
+        (folder / CONFIG).unlink(missing_ok=True)
+        sync_to_disk(folder)

@@ -1,0 +1,224 @@
+"""The layers that a block is made of, and how each is initialized, in Flax Linen.
+
+Initialization is the released code's (state-spaces/mamba, ``mamba_simple.py``), whose Linear and
+Conv1d keep PyTorch's defaults.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+__all__ = [
+    "A_log_init",
+    "CausalConv",
+    "RMSNorm",
+    "dt_bias_init",
+    "few_rows_dot",
+    "ignore_resets_in_padding",
+    "linear",
+    "residual_init",
+    "tied_logits",
+    "uniform",
+    "uniform_fan_in",
+    "zero_at_padding",
+]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · scale, over the last axis, in float32 (Zhang & Sennrich, 2019)."""
+
+    eps: float = 1e-5  # added to the mean square
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + self.eps) * scale
+
+
+class CausalConv(nn.Module):
+    """Depthwise causal convolution, as PyTorch defines it: a cross-correlation, so the last tap
+    multiplies the current token.
+
+        y_t = bias + Σ_k kernel_k ⊙ x_{t − (width − 1) + k}
+
+    It owns its cache: the last ``width − 1`` inputs, from which a later call continues.
+
+    Args:
+        x: (b, l, d) inputs.
+        past: (b, width − 1, d) the inputs before them; zeros before the first token.
+        lengths: (b,) true lengths of right-padded rows, or None. The next ``past`` ends at the last
+            real token.
+        resets: (b, l) True where a new segment starts (not in the padding), or None. A tap that
+            would reach into an earlier segment reads 0, as at the start of a sequence.
+
+    Returns:
+        y: (b, l, d), and the next ``past``: (b, width − 1, d) in float32.
+    """
+
+    width: int  # taps, d_conv
+    use_bias: bool = True  # whether a bias is added
+    dtype: Any = jnp.float32  # of the products
+
+    @nn.compact
+    def __call__(self, x, past, lengths=None, resets=None):
+        width, (b, l, d) = self.width, x.shape
+        kernel = self.param("kernel", uniform_fan_in, (width, d)).astype(self.dtype)
+        window = jnp.concatenate([past.astype(x.dtype), x], axis=1)  # (b, width - 1 + l, d)
+        taps = [window[:, k : k + l] for k in range(width)]  # (b, l, d) each
+        if resets is not None:
+            segment = jnp.pad(jnp.cumsum(resets, axis=1), ((0, 0), (width - 1, 0)))  # as window
+            same = [segment[:, k : k + l] == segment[:, width - 1 :] for k in range(width)]
+            taps = [jnp.where(s[..., None], tap, 0) for s, tap in zip(same, taps, strict=True)]
+        y = sum(kernel[k] * taps[k] for k in range(width))  # (b, l, d)
+        if self.use_bias:
+            y += self.param("bias", uniform(width**-0.5), (d,)).astype(self.dtype)
+
+        ends = jnp.full(b, l) if lengths is None else lengths
+        places = ends[:, None] + jnp.arange(width - 1)  # (b, width - 1), in the window
+        past = jnp.take_along_axis(window, places[..., None], axis=1)  # (b, width - 1, d)
+        if resets is not None:  # what comes next belongs to the last segment, and sees no other
+            last = jnp.take_along_axis(segment, places, axis=1) == segment[:, -1:]
+            past = jnp.where(last[..., None], past, 0)
+        return y, past.astype(jnp.float32)
+
+
+def linear(features, *, name, kernel_init=None, **options):
+    """``flax.linen.Dense`` with PyTorch's initialization, quick for a few rows on a CPU too.
+
+        y = x · kernel + bias
+
+    Args:
+        features: columns of the kernel, the width of y.
+        name: of the layer, in the parameters.
+        kernel_init: initializer; None: uniform in ±1/√fan_in.
+        options: as Dense takes them: ``use_bias`` (True by default), ``bias_init``, ``dtype``.
+    """
+    return nn.Dense(
+        features,
+        name=name,
+        kernel_init=uniform_fan_in if kernel_init is None else kernel_init,
+        dot_general=few_rows_dot,
+        **options,
+    )
+
+
+def zero_at_padding(delta, lengths):
+    """Δ = 0 at padding, so that the state passes through it unchanged.
+
+    delta: (b, l, ...), lengths: (b,) true lengths of right-padded rows, or None -> as delta
+    """
+    if lengths is None:
+        return delta
+    real = jnp.arange(delta.shape[1]) < lengths[:, None]  # (b, l)
+    return jnp.where(real.reshape(*real.shape, *(1,) * (delta.ndim - 2)), delta, 0.0)
+
+
+def ignore_resets_in_padding(resets, lengths):
+    """No segment starts in the padding. resets: (b, l) bool or None, lengths: (b,) or None."""
+    if resets is None or lengths is None:
+        return resets
+    return resets & (jnp.arange(resets.shape[1]) < lengths[:, None])  # (b, l)
+
+
+# --- how parameters start -----------------------------------------------------------------------
+
+
+def uniform_fan_in(key, shape, dtype=jnp.float32):
+    """Uniform in ±1/√fan_in, where fan_in = shape[0]: PyTorch's default for Linear and Conv1d."""
+    return uniform(shape[0] ** -0.5)(key, shape, dtype)
+
+
+def residual_init(n_branches):
+    """``uniform_fan_in`` ÷ √n_branches: so many branches add up in the residual stream."""
+    return lambda *args: uniform_fan_in(*args) / math.sqrt(n_branches)
+
+
+def uniform(bound):
+    """An initializer: uniform in ±bound."""
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
+
+
+def dt_bias_init(dt_min, dt_max, floor):
+    """An initializer: softplus⁻¹ of log-uniform time steps.
+
+    So every channel starts with a timescale of its own, as many in one decade as in the next.
+
+    Args:
+        dt_min: the shortest time step.
+        dt_max: the longest.
+        floor: no time step is below it.
+    """
+
+    def init(key, shape, dtype=jnp.float32):
+        dt = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(dt_min), math.log(dt_max)))
+        dt = jnp.maximum(dt, floor)
+        return dt + jnp.log(-jnp.expm1(-dt))  # softplus⁻¹(dt), without overflow or cancellation
+
+    return init
+
+
+def A_log_init(key, shape, dtype=jnp.float32):
+    """log(1 … n) on every channel, so that A = −1 … −n: the real part of S4D's initialization."""
+    return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[1] + 1, dtype=dtype)), shape)
+
+
+# --- matrix products for a few rows -------------------------------------------------------------
+#
+# When a small batch is decoded, the kernel is all there is to read, and a product cannot take less
+# time than that. One row does reach it: XLA's loop on a CPU reads as fast as the memory delivers.
+# For 2 … 8 rows it calls a library that first copies the kernel into an order that suits many rows,
+# which takes longer than reading. Written as a batch of small products, for which XLA calls another
+# library, it does not. For other numbers of rows, and on other backends, these are the plain
+# products. benchmarks/few_rows.py measures the difference.
+
+FEW_ROWS = range(2, 9)  # rows of x for which the small products are quicker
+ROWS_PER_PRODUCT = 16  # rows of the kernel in one small product
+TABLE_PARTS = 8  # parts of a table, a small product each
+MAX_SUMMED = 2**14  # numbers in a result that XLA sums while it computes them; above, it is slow
+
+
+def few_rows_dot(x, kernel, dimension_numbers, precision=None, preferred_element_type=None):
+    """x (..., k) · kernel (k, m) -> (..., m), as ``jax.lax.dot_general``: for ``flax.linen.Dense``.
+
+    A few rows: Σ_c x_c · kernel_c, where x_c (r, 16) and kernel_c (16, m) are the c-th slices of k.
+    """
+    k, m = kernel.shape
+    rows = x.reshape(-1, k)  # (r, k)
+    groups = -(-len(rows) * m // MAX_SUMMED)
+    if not _is_few(rows) or k % ROWS_PER_PRODUCT or groups > 2:
+        return jax.lax.dot_general(x, kernel, dimension_numbers, precision, preferred_element_type)
+    kernel = kernel.reshape(-1, ROWS_PER_PRODUCT, m)  # (c, 16, m)
+
+    def product(rows):
+        slices = rows.reshape(len(rows), -1, ROWS_PER_PRODUCT)  # (r, c, 16)
+        y = jnp.einsum("rck,ckm->crm", slices, kernel, preferred_element_type=jnp.float32)
+        return y.sum(0)  # (r, m)
+
+    y = jnp.concatenate([product(group) for group in jnp.array_split(rows, groups)])  # (r, m)
+    return y.reshape(*x.shape[:-1], m).astype(preferred_element_type or x.dtype)
+
+
+def tied_logits(x, table):
+    """x (..., d) · table (v, d)ᵀ -> (..., v) in float32: the head that is the embedding's table.
+
+    Rows (r, d) read the table as it lies, which on a CPU is twice as fast as x · tableᵀ; a few rows
+    read a part of it at a time.
+    """
+    if x.ndim > 2:
+        return jnp.dot(x, table.T, preferred_element_type=jnp.float32)  # (..., v)
+    v, d = table.shape
+    if not _is_few(x) or v % TABLE_PARTS:
+        return jnp.dot(table, x.T, preferred_element_type=jnp.float32).T  # (r, v)
+    x, table = jnp.broadcast_to(x, (TABLE_PARTS, *x.shape)), table.reshape(TABLE_PARTS, -1, d)
+    y = jnp.einsum("prk,pvk->rpv", x, table, preferred_element_type=jnp.float32)
+    return y.reshape(-1, v)  # (r, v)
+
+
+def _is_few(rows):
+    return len(rows) in FEW_ROWS and jax.default_backend() == "cpu"

@@ -1,0 +1,211 @@
+"""A training loop that can be killed at any moment and then resumed.
+
+Everything that a step depends on is a value, ``TrainState``, and its batch is a function of the
+step's number. So a run that was interrupted and resumed takes the same steps, bit for bit, as one
+that was not.
+"""
+
+import time
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+from mamba.interrupts import defer_interrupt
+from mamba.train.devices import gradient_over_devices, row_mesh
+from mamba.train.metrics import evaluate, masked_loss_sums
+from mamba.train.saves import load_run, save_run
+
+__all__ = ["History", "TrainState", "Trained", "train", "train_step"]
+
+LOG_EVERY = 10  # steps between two reads of the metrics; each read waits for the device
+PROGRESS_MEAN = 50  # steps whose mean the progress bar shows
+
+
+class TrainState(NamedTuple):
+    """Everything the next step depends on, apart from its batch."""
+
+    step: jax.Array  # () int32: number of steps taken
+    params: Any  # the model's parameters
+    opt_state: Any  # the optimizer's state
+    carried: Any  # decoding state after the last batch; None if every batch starts from zeros
+
+
+class Trained(NamedTuple):
+    """What ``train`` returns."""
+
+    params: Any  # the model's parameters after the last step
+    curve: np.ndarray  # (steps, 2): loss (nats per scored position), accuracy, on each step's batch
+    held_out: np.ndarray  # (evaluations, 3): step, loss, accuracy
+    seconds: float  # time of training and evaluation, over all the runs it took
+
+
+@partial(jax.jit, static_argnames=("model", "optimizer", "mesh"))
+def train_step(model, optimizer, mesh, state, batch):
+    """Move the parameters once, along the gradient of the mean loss over the scored positions.
+
+    Args:
+        model: a ``Mamba``.
+        optimizer: from optax; ``make_optimizer`` makes one that clips the gradient first.
+        mesh: the devices that share the rows, see ``row_mesh``.
+        state: the TrainState before the step.
+        batch: a ``tasks.Batch`` of (b, l).
+
+    Returns:
+        The next TrainState, and (3,): loss, accuracy, norm of the gradient before clipping.
+    """
+
+    def summed_loss(params, carried, batch):
+        out = model.apply({"params": params}, batch.tokens, carried)
+        logits, carried = (out, None) if carried is None else out  # (b, l, vocab)
+        sums = masked_loss_sums(logits, batch)  # nats, correct, scored
+        return sums[0], (sums, carried)
+
+    gradient, (nats, correct, scored), carried = gradient_over_devices(summed_loss, mesh)(
+        state.params, state.carried, batch
+    )
+    gradient = jax.tree.map(lambda g: g / scored, gradient)  # of the mean, not of the sum
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(gradient)))
+    metrics = jnp.stack([nats / scored, correct / scored, norm])
+    return TrainState(state.step + 1, params, opt_state, carried), metrics
+
+
+def train(
+    model,
+    data,
+    optimizer,
+    steps,
+    *,
+    seed=0,
+    carry=False,
+    held_out=(),
+    evaluate_every=None,
+    folder=None,
+    save_every=500,
+    resume=False,
+    settings=None,
+    progress=True,
+):
+    """Train a model, from random parameters or from the last save.
+
+    Ctrl-C ends the run after the current step, with a save; a second Ctrl-C ends it at once.
+
+    Args:
+        model: a ``Mamba``.
+        data: a function, step number -> ``tasks.Batch``. The same step gives the same batch.
+        optimizer: from optax, see ``make_optimizer``.
+        steps: number of steps in the whole run.
+        seed: of the parameters.
+        carry: whether each row continues from the state after the same row of the batch before.
+        held_out: batches for ``evaluate``.
+        evaluate_every: steps between two evaluations; there is one at the end, too. None: only
+            that one.
+        folder: where to save; None saves nothing. A kill at any moment leaves the last complete
+            save there.
+        save_every: steps between two saves; there is one at the end, too.
+        resume: continue from the save in ``folder``, if there is one.
+        settings: what else defines the run, in types that JSON has. A save of a run with other
+            settings is refused.
+        progress: whether to show a progress bar.
+
+    Returns:
+        A Trained.
+
+    Raises:
+        FloatingPointError: the loss or the gradient is NaN or infinite.
+        FileExistsError: ``folder`` holds a save, and ``resume`` is False.
+        ValueError: what ``folder`` holds is no save, or the save of another run.
+    """
+    rows = len(data(0).tokens)
+    mesh = row_mesh(rows)
+    everywhere, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P("rows"))
+    settings = {"seed": seed, "steps": steps} | (settings or {})
+
+    params = _initial_params(model, jax.random.key(seed))
+    carried = model.initial_state(rows) if carry else None
+    state = TrainState(jnp.int32(0), params, optimizer.init(params), carried)
+    history = History()
+    if folder is not None:
+        start = {"state": state} | history.values()
+        saved = load_run(folder, start, settings, resume=resume)
+        state, history = saved.pop("state"), History(**saved)
+    state = jax.device_put(state, TrainState(everywhere, everywhere, everywhere, by_row))
+    first = int(state.step)
+
+    with (
+        tqdm(initial=first, total=steps, unit="step", disable=not progress) as bar,
+        defer_interrupt() as interrupts,
+    ):
+        for step in range(first, steps):
+            batch = jax.device_put(data(step), by_row)
+            state, metrics = train_step(model, optimizer, mesh, state, batch)
+            history.add(metrics)
+            bar.update()
+            done = step + 1
+            last = done == steps
+            if last or done % LOG_EVERY == 0:
+                bar.set_postfix(history.recent())
+            if held_out and (last or (evaluate_every and done % evaluate_every == 0)):
+                history.read()
+                history.held_out.append((done, *evaluate(model, state.params, held_out)))
+            interrupted = bool(interrupts) and not last
+            if folder is not None and (last or interrupted or done % save_every == 0):
+                now = {"state": jax.device_get(state)} | history.values()
+                save_run(folder, now, settings)
+            if interrupted:
+                raise KeyboardInterrupt
+    return Trained(jax.device_get(state.params), **history.values())
+
+
+class History:
+    """What a run has measured. The newest metrics stay on the device until they are read."""
+
+    def __init__(self, curve=(), held_out=(), seconds=0.0):
+        """Continue from what was measured before, in the form of ``Trained``."""
+        self.curve = np.asarray(curve).tolist()  # [loss, accuracy] of each step
+        self.held_out = np.asarray(held_out).tolist()  # (step, loss, accuracy) of each evaluation
+        self.began = time.time() - seconds  # when the run began, less the time between its parts
+        self.unread = []  # (3,): loss, accuracy, norm of the gradient, of the newest steps
+
+    def add(self, metrics):
+        """Note the metrics of a step, without waiting for the device."""
+        self.unread.append(metrics)
+
+    def read(self):
+        """Read the metrics added so far. Raises FloatingPointError if one is NaN or infinite."""
+        for loss, accuracy, norm in np.array(jax.device_get(self.unread)).tolist():
+            if not np.isfinite([loss, accuracy, norm]).all():
+                raise FloatingPointError(
+                    f"step {len(self.curve) + 1}: the loss is {loss:.4g} and the norm of the "
+                    f"gradient {norm:.4g}. A smaller learning rate or a longer warm-up may help"
+                )
+            self.curve.append([loss, accuracy])
+        self.unread.clear()
+
+    def recent(self):
+        """Mean loss and accuracy of the last steps, as text -> {name: text}."""
+        self.read()
+        loss, accuracy = np.mean(self.curve[-PROGRESS_MEAN:], axis=0)
+        return {"loss": f"{loss:.3f}", "accuracy": f"{accuracy:.1%}"}
+
+    def values(self):
+        """Everything so far, in the form of ``Trained`` -> {"curve", "held_out", "seconds"}."""
+        self.read()
+        return {
+            "curve": np.array(self.curve, np.float32).reshape(-1, 2),
+            "held_out": np.array(self.held_out, np.float32).reshape(-1, 3),
+            "seconds": time.time() - self.began,
+        }
+
+
+@partial(jax.jit, static_argnames=("model",))
+def _initial_params(model, key):
+    return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]

@@ -1,0 +1,24 @@
+"""The recorded measurements that chapters read are copies of what the benchmarks wrote."""
+
+import json
+
+import pytest
+
+from tests.helpers.book import ROOT
+
+
+@pytest.mark.parametrize("name", ["generate", "hardware", "language_model", "scan"])
+def test_the_measurements_that_a_chapter_reads_are_those_of_the_benchmark(name):
+    folders = ROOT / "mamba_book" / "data", ROOT / "benchmarks" / "results"
+    copy, original = (json.loads((f / f"{name}.json").read_text("utf-8")) for f in folders)
+    if name == "scan":  # the copy has fewer columns
+        for row, short in zip(original["results"], copy["results"], strict=True):
+            assert short.items() <= row.items()
+        copy["results"] = original["results"]
+    assert copy == original
+
+
+def test_the_runs_that_a_chapter_reads_are_those_that_were_recorded():
+    runs = sorted((ROOT / "benchmarks" / "results" / "training").glob("*.json"))
+    copy = json.loads((ROOT / "mamba_book" / "data" / "training.json").read_text("utf-8"))
+    assert copy == {run.stem: json.loads(run.read_text("utf-8")) for run in runs}

@@ -1,0 +1,216 @@
+"""The configuration and the table of tensors: every key and every tensor is accounted for."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from mamba import MambaConfig
+from mamba.checkpoint.names import read_config, tensor_table, write_config
+from mamba.checkpoint.tensors import CheckpointError
+from tests.helpers.checkpoints import (
+    CONFIGS,
+    TINY,
+    abstract_params,
+    transformers_config,
+    write_folder,
+)
+
+# ---------------------------------------------------------------------------- the table
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_table_is_the_models_parameters(name):
+    config = CONFIGS[name]
+    expected = {
+        path: leaf.shape for path, leaf in flatten_dict(abstract_params(config), sep=".").items()
+    }
+    assert {spec.path: spec.our_shape for spec in tensor_table(config)} == expected
+
+
+@pytest.mark.parametrize(
+    "d_model, n_layer, parameters",
+    [
+        (768, 24, 129_135_360),
+        (1024, 48, 371_516_416),
+        (1536, 48, 793_204_224),
+        (2048, 48, 1_372_178_432),
+        (2560, 64, 2_768_345_600),
+    ],
+)
+def test_the_table_has_the_published_sizes(d_model, n_layer, parameters):
+    specs = tensor_table(MambaConfig(d_model=d_model, n_layer=n_layer, vocab_size=50277))
+    assert sum(np.prod(spec.shape) for spec in specs) == parameters
+    assert specs[0].shape == (50280, d_model)
+
+
+def test_a_configuration_of_another_type_has_no_table():
+    @dataclasses.dataclass(frozen=True)
+    class OtherConfig(MambaConfig):
+        pass
+
+    with pytest.raises(ValueError, match="OtherConfig has no checkpoint format"):
+        tensor_table(OtherConfig(d_model=8, n_layer=1, vocab_size=8))
+
+
+# ------------------------------------------------------------------------- config.json
+
+
+def config_of(folder, naming="original", **changes):
+    return read_config(write_folder(folder, naming=naming, arrays={}, **changes) / "config.json")
+
+
+def test_the_published_original_config(tmp_path):
+    """As in state-spaces/mamba-130m: unpadded vocabulary, nothing about the SSM or the head."""
+    data = {
+        "d_model": 768,
+        "n_layer": 24,
+        "vocab_size": 50277,
+        "ssm_cfg": {},
+        "rms_norm": True,
+        "residual_in_fp32": True,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": 8,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    config = read_config(tmp_path / "config.json")
+    assert config == MambaConfig(d_model=768, n_layer=24, vocab_size=50277)
+    assert (config.padded_vocab_size, config.rank, config.d_inner) == (50280, 48, 1536)
+
+
+def test_the_published_transformers_config(tmp_path):
+    """As in state-spaces/mamba-130m-hf, which repeats the original keys. They have no effect."""
+    data = transformers_config(MambaConfig(d_model=768, n_layer=24, vocab_size=50280)) | {
+        "d_model": 768,
+        "d_inner": 1536,
+        "n_layer": 24,
+        "pad_vocab_size_multiple": 8,
+        "ssm_cfg": {},
+        "rms_norm": True,
+        "fused_add_norm": True,
+        "time_step_floor": 0.0001,
+        "time_step_init_scheme": "random",
+        "torch_dtype": "float32",
+        "transformers_version": "4.39.0.dev0",
+        "bos_token_id": 0,
+    }
+    del data["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    config = read_config(tmp_path / "config.json", jnp.bfloat16)
+    assert (config.d_model, config.n_layer, config.rank) == (768, 24, 48)
+    assert config.vocab_size == config.padded_vocab_size == 50280
+    assert config.dtype == jnp.bfloat16 and config.tie_embeddings
+
+
+def test_transformers_vocabulary_is_not_padded_again(tmp_path):
+    config = config_of(tmp_path, "transformers", vocab_size=13, pad_vocab_size_multiple=8)
+    assert config.padded_vocab_size == config.vocab_size == 13
+
+
+@pytest.mark.parametrize(
+    "naming, key, value, field, expected",
+    [
+        ("original", "ssm_cfg", {"d_state": 5}, "d_state", 5),
+        ("original", "ssm_cfg", {"d_conv": 2}, "d_conv", 2),
+        ("original", "ssm_cfg", {"expand": 3}, "expand", 3),
+        ("original", "ssm_cfg", {"dt_rank": 7}, "rank", 7),
+        ("original", "ssm_cfg", {"dt_rank": "auto"}, "rank", 1),
+        ("original", "ssm_cfg", {"bias": True}, "bias", True),
+        ("original", "ssm_cfg", {"conv_bias": False}, "conv_bias", False),
+        ("original", "ssm_cfg", {"dt_max": 0.5}, "dt_max", 0.5),
+        ("original", "ssm_cfg", {"layer": "Mamba1", "use_fast_path": False}, "d_state", 16),
+        ("original", "norm_epsilon", 1e-6, "norm_eps", 1e-6),
+        ("original", "tie_embeddings", False, "tie_embeddings", False),
+        ("original", "pad_vocab_size_multiple", 1, "padded_vocab_size", 13),
+        ("original", "attn_layer_idx", [], "n_layer", 2),
+        ("transformers", "state_size", 5, "d_state", 5),
+        ("transformers", "conv_kernel", 2, "d_conv", 2),
+        ("transformers", "time_step_rank", "auto", "rank", 1),
+        ("transformers", "time_step_rank", 9, "rank", 9),
+        ("transformers", "use_bias", True, "bias", True),
+        ("transformers", "use_conv_bias", False, "conv_bias", False),
+        ("transformers", "layer_norm_epsilon", 1e-6, "norm_eps", 1e-6),
+        ("transformers", "tie_word_embeddings", False, "tie_embeddings", False),
+        ("transformers", "hidden_act", "swish", "n_layer", 2),
+    ],
+)
+def test_values_are_honoured(tmp_path, naming, key, value, field, expected):
+    assert getattr(config_of(tmp_path, naming, **{key: value}), field) == expected
+
+
+@pytest.mark.parametrize(
+    "naming, key, value, message",
+    [
+        ("original", "ssm_cfg", {"layer": "Mamba2"}, "ssm_cfg.layer = 'Mamba2'"),
+        ("original", "ssm_cfg", {"layer": None}, "ssm_cfg.layer = None"),
+        ("original", "ssm_cfg", {"headdim": 64}, "'ssm_cfg.headdim'"),
+        ("original", "ssm_cfg", [], "ssm_cfg must be an object"),
+        ("original", "attn_layer_idx", [3], "attn_layer_idx = [3]"),
+        ("original", "d_intermediate", 64, "d_intermediate = 64"),
+        ("original", "d_intermediate", False, "d_intermediate = False"),
+        ("original", "rms_norm", False, "rms_norm = False"),
+        ("original", "rms_norm", 1, "rms_norm = 1"),
+        ("original", "model_type", "mamba2", "model_type = 'mamba2'"),
+        ("original", "rotary", 3, "'rotary'"),
+        ("original", "x" * 10**5, 3, "'xxxxx"),
+        ("transformers", "model_type", "mamba2", "model_type = 'mamba2'"),
+        ("transformers", "model_type", "falcon_mamba", "model_type = 'falcon_mamba'"),
+        ("transformers", "model_type", ["mamba"], "model_type = ['mamba']"),
+        ("transformers", "hidden_act", "gelu", "hidden_act = 'gelu'"),
+        ("transformers", "intermediate_size", 17, "intermediate_size = 17"),
+        ("transformers", "expand", 3, "intermediate_size = 16"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(tmp_path, naming, key, value, message):
+    with pytest.raises(CheckpointError) as info:
+        config_of(tmp_path, naming, **{key: value})
+    assert "config.json" in str(info.value) and message in str(info.value)
+    assert len(str(info.value)) < 1000
+
+
+SIZES = [0, -1, True, "16", 16.0, 1.5, [16], {}, 2**31, 10**400]
+
+
+@pytest.mark.parametrize("value", SIZES)
+@pytest.mark.parametrize("naming, key", [("original", "d_model"), ("transformers", "conv_kernel")])
+def test_sizes_are_positive_integers(tmp_path, naming, key, value):
+    with pytest.raises(CheckpointError, match=rf"config\.json: {key} must be a positive integer"):
+        config_of(tmp_path, naming, **{key: value})
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        *[("layer_norm_epsilon", v) for v in (0, -1e-5, "1e-5", True, float("nan"), float("inf"))],
+        *[("use_bias", v) for v in (0, 1, "false", [])],
+        *[("time_step_rank", v) for v in ("Auto", 0, True, 1.0)],
+        ("time_step_min", 0.5),  # above time_step_max
+    ],
+)
+def test_other_values_are_checked(tmp_path, key, value):
+    with pytest.raises(CheckpointError, match=r"config\.json") as info:
+        config_of(tmp_path, "transformers", **{key: value})
+    assert key in str(info.value) or "dt_min" in str(info.value)
+
+
+def test_missing_keys(tmp_path):
+    with pytest.raises(CheckpointError, match="missing keys: n_layer, vocab_size"):
+        config_of(tmp_path, n_layer=None, vocab_size=None)
+    with pytest.raises(CheckpointError, match="neither 'd_model'"):
+        config_of(tmp_path, d_model=None)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configurations_there_and_back(tmp_path, name):
+    write_config(tmp_path / "config.json", CONFIGS[name])
+    assert read_config(tmp_path / "config.json") == CONFIGS[name]
+
+
+def test_an_unusual_eps_is_written_and_the_usual_one_is_not(tmp_path):
+    """The original code does not know the key: it refuses the file rather than ignore the eps."""
+    for config, expected in [(TINY, False), (CONFIGS["eps, dt"], True)]:
+        write_config(tmp_path / "config.json", config)
+        assert ("norm_epsilon" in json.loads((tmp_path / "config.json").read_text())) is expected

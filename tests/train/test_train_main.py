@@ -1,0 +1,142 @@
+"""``python -m mamba.train``: what it writes, what its flags change, what it refuses."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from mamba import Mamba
+from mamba.checkpoint.hub import load_tokenizer
+from mamba.train import __main__ as train_main
+from mamba.train.corpus import bits_per_byte
+from mamba.train.presets import PRESETS, evaluate_at, run
+from tests.helpers.presets import TINY
+
+WORDS = "".join(f"{i} and {i * i % 97} are numbers. " for i in range(300))
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """Sizes that train in a moment."""
+    language = dataclasses.replace(TINY, task="language-model", sizes={"vocab_size": 300})
+    monkeypatch.setitem(PRESETS, "selective-copying", {"laptop": TINY, "paper": TINY})
+    monkeypatch.setitem(PRESETS, "language-model", {"laptop": language})
+
+
+def command(*arguments):
+    return train_main.main([*map(str, arguments), "--quiet"])
+
+
+def test_a_run_and_its_results(tmp_path, capsys):
+    file = tmp_path / "deep" / "results.json"
+    assert command("selective-copying", "--results", file) == 0
+    data = json.loads(file.read_text())
+    assert data["settings"]["model"]["selective"] == ["delta", "B", "C"]
+    assert data["settings"]["seed"] == 0 and data["settings"]["preset"] == "laptop"
+    assert data["run"]["versions"]["jax"] == jax.__version__ and "cpu" in data["run"]["devices"]
+    assert [row[0] for row in data["curve"]] == list(range(1, 13))
+    assert [row[0] for row in data["held_out"]] == [5, 10, 12]
+    model, trained = run(TINY, progress=False)
+    for row, length in zip(data["by_length"], (6, 9), strict=True):
+        loss, accuracy, n = evaluate_at(TINY, model, trained.params, length)
+        assert row == {
+            "length": length,
+            "sequences": n,
+            "loss": round(loss, 5),
+            "accuracy": accuracy,
+        }
+    assert "length        9: accuracy" in capsys.readouterr().out
+    assert all(len(line) < 200 for line in file.read_text().splitlines())  # one row per line
+
+
+def test_flags_change_the_preset(tmp_path):
+    file, folder = tmp_path / "results.json", tmp_path / "run"
+    flags = "--steps 3 --batch 2 --length 5 --learning-rate 0.01 --selective none --bfloat16"
+    flags += " --dt-init 0.5 0.7 --lengths 7,5 --seed 4"
+    out = ["--out", folder, "--results", file]
+    assert command("selective-copying", *flags.split(), *out) == 0
+    settings = json.loads(file.read_text())["settings"]
+    changed = {"steps": 3, "batch": 2, "length": 5, "learning_rate": 0.01, "seed": 4}
+    assert changed.items() <= settings.items() and settings["lengths"] == [7, 5]
+    model = settings["model"]
+    assert model["selective"] == [] and model["dtype"] == "bfloat16"
+    assert (model["dt_min"], model["dt_max"]) == (0.5, 0.7)
+
+
+def test_resume_of_a_finished_run_evaluates_it_at_other_lengths(tmp_path, capsys):
+    out = ["selective-copying", "--out", tmp_path / "run"]
+    assert command(*out) == 0
+    assert command(*out) == 1 and "--resume" in capsys.readouterr().err
+    assert command(*out, "--resume", "--lengths", "12") == 0
+    assert "length       12: accuracy" in capsys.readouterr().out
+    assert command(*out, "--resume", "--seed", "1") == 1
+    assert "another run: seed = 0 there, 1 here" in capsys.readouterr().err
+
+
+def test_ctrl_c(tmp_path, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_main, "run", interrupted)
+    assert command("selective-copying", "--out", tmp_path) == 130
+    assert "--resume continues" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("copying --preset minute", "no preset minute"),
+        ("", "TASK"),
+        ("sorting", "invalid choice: 'sorting'"),
+        ("selective-copying --preset huge", "invalid choice: 'huge'"),
+        ("selective-copying --selective A", "selective must be a tuple of names"),
+        ("selective-copying --length 1", "length must be at least n_data = 2, got 1"),
+        ("selective-copying --lengths 9,1", "length must be at least n_data = 2, got 1"),
+        ("selective-copying --lengths 9,x", "--lengths"),
+        ("selective-copying --steps 0", "--steps must be at least 1, got 0"),
+        ("selective-copying --batch 0", "--batch must be at least 1, got 0"),
+        ("selective-copying --learning-rate 0", "learning_rate > 0"),
+        ("selective-copying --save-every 0", "--save-every must be at least 1"),
+        ("selective-copying --resume", "--resume needs --out"),
+        ("selective-copying --out README.md", "--out README.md: cannot write there"),
+        ("selective-copying --out README.md/x", "--out README.md/x: cannot write there"),
+        ("selective-copying --results mamba", "--results mamba: cannot write there"),
+        ("selective-copying --text README.md", "--text is for language-model"),
+        ("language-model --text README.md", "language-model needs --text"),
+        ("language-model --out x", "language-model needs --text"),
+        ("language-model --text a --out x --selective B", "--selective is for the synthetic"),
+    ],
+)
+def test_wrong_usage(arguments, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        train_main.main(arguments.split())
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_language_model(tmp_path, capsys, monkeypatch):
+    """The last twentieth of a text is held out: it is evaluated on, and not trained on."""
+    learned = []
+    for name in ("train_tokenizer", "encode"):
+        genuine = getattr(train_main, name)
+
+        def spy(*arguments, genuine=genuine):
+            learned.extend(next(v for v in arguments if isinstance(v, list)))
+            return genuine(*arguments)
+
+        monkeypatch.setattr(train_main, name, spy)
+    folder, text, file = tmp_path / "model", tmp_path / "words.txt", tmp_path / "results.json"
+    text.write_text(WORDS)
+    arguments = ["language-model", "--text", text, "--out", folder, "--results", file]
+    assert command(*arguments) == 0
+    model, params = Mamba.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
+    cut = len(WORDS) - len(WORDS) // 20
+    assert learned == 2 * [WORDS[:cut]]
+    bits = json.loads(file.read_text())["bits_per_byte"]
+    assert bits == pytest.approx(bits_per_byte(model, params, tokenizer, [WORDS[cut:]]), abs=1e-3)
+    assert 0 < bits < 9 and f"python -m mamba --model {folder}" in capsys.readouterr().out
+    assert command(*arguments, "--resume") == 0
+    text.write_text(WORDS + WORDS)
+    assert command(*arguments, "--resume") == 1
+    assert "sha256" in capsys.readouterr().err
