@@ -33,13 +33,12 @@ def keep_together(math):
         return
     span = nodes.inline(classes=["nobreak"])
     parent = math.parent
+    # By place: a Text is equal to any other with the same words, so that replace() might find that.
     if after:
-        follows = siblings[place + 1]
-        parent.replace(follows, nodes.Text(follows[len(after) :]))
+        parent[place + 1] = nodes.Text(siblings[place + 1][len(after) :])
     if before:
-        leads = siblings[place - 1]
-        parent.replace(leads, nodes.Text(leads[: len(leads) - len(before)]))
-    parent.replace(math, span)
+        parent[place - 1] = nodes.Text(siblings[place - 1][: -len(before)])
+    parent[place] = span
     span += [part for part in (nodes.Text(before), math, nodes.Text(after)) if part is math or part]
 
 

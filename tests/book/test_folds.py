@@ -135,3 +135,9 @@ def test_what_touches_a_formula_stays_with_it(build):
     page = build(text("the state $h$: it has ($N$) parts, $x$ and extraordinarily$y$."))
     kept = re.findall(r'<span class="nobreak">(.*?</span>.*?)</span>', page)
     assert [re.sub(r"<[^>]+>|\\[()]", "", words) for words in kept] == ["h:", "(N)", "y."]
+
+
+def test_equal_words_beside_two_formulas_do_not_change_places(build):
+    page = build(text("`a`, `b` and $A$, `c`."))
+    words = re.sub(r"<[^>]+>|\\[()]", "", page[page.index('<code class="docutils') :])
+    assert words.split("\n")[0].startswith("a, b and A, c.")
