@@ -33,7 +33,10 @@ END_OF_TEXT = "<|endoftext|>"  # the end token of our tokenizer, and of GPT-NeoX
 
 
 def main(argv=None):
-    """Run the command -> its exit code: 0, 1 after an error, 2 for wrong usage, 130 for Ctrl-C."""
+    """Run the command -> its exit code.
+
+    0; 1 after an error; 2 for wrong usage; 130 for Ctrl-C; 141 where the reader of a pipe is gone.
+    """
     parser = _parser()
     args = parser.parse_args(argv)
     try:

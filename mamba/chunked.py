@@ -12,7 +12,6 @@ instruction serves many of them, and the sum over n is a contraction.
 Source: the recomputation is that of Mamba (Gu & Dao, 2023), §3.3.2 and appendix D.
 """
 
-import math
 from functools import partial
 
 import jax
@@ -23,6 +22,7 @@ __all__ = [
     "chunked_forward",
     "chunked_scan",
     "decay",
+    "discard",
     "forward_by_loop",
     "forward_by_tree",
     "gradients_by_loop",
@@ -36,13 +36,20 @@ __all__ = [
 CACHED_CHANNELS = 1024  # channels whose arrays of one chunk fit a CPU core's cache together
 
 
-def decay(delta, A, resets):
-    """exp(Δ A), or 0 where the state starts anew: how much of the last state a step keeps.
+def decay(delta, A):
+    """exp(Δ A): how much of the last state a step keeps.
 
-    delta: (..., d), A: (n, d), resets: (...) bool, or None -> (..., n, d)
+    delta: (..., d), A: (n, d) -> (..., n, d)
     """
-    a = jnp.exp(delta[..., None, :] * A)
-    return a if resets is None else jnp.where(resets[..., None, None], 0.0, a)
+    return jnp.exp(delta[..., None, :] * A)
+
+
+def discard(h, resets):
+    """The state h, or 0 where a new segment starts, even if h is NaN or infinite.
+
+    h: (..., n, d), resets: (...) bool, or None -> (..., n, d)
+    """
+    return h if resets is None else jnp.where(resets[..., None, None], 0.0, h)
 
 
 def outer(B, u):
@@ -52,24 +59,24 @@ def outer(B, u):
 
 # --- the states inside one chunk ----------------------------------------------------------------
 #
-# One row of the batch, T steps: a: (T, n, d), B and C: (T, n), u and dy = ∂y: (T, d). h: (n, d) is
-# the state before the chunk. g: (n, d) is the gradient that comes from after the chunk, a_{t+1}
-# included. `out` is an array to overwrite: to clear a new one for every chunk costs as much as the
-# loop.
+# One row of the batch, T steps: a: (T, n, d), B and C: (T, n), u and dy = ∂y: (T, d), resets: (T,)
+# or None. h: (n, d) is the state before the chunk. g: (n, d) is the gradient that comes from after
+# the chunk, a_{t+1} included. `out` is an array to overwrite: to clear a new one for every chunk
+# costs as much as the loop.
 
 
-def states_by_loop(a, B, u, h, out):
+def states_by_loop(a, B, u, resets, h, out):
     """The T states of a chunk, one after another -> (T, n, d)."""
 
     def step(t, carry):
         h, out = carry
-        h = a[t] * h + outer(B[t], u[t])  # (n, d)
+        h = a[t] * discard(h, _at(resets, t)) + outer(B[t], u[t])  # (n, d)
         return h, out.at[t].set(h)
 
     return jax.lax.fori_loop(0, len(a), step, (h, out))[1]
 
 
-def gradients_by_loop(a, C, dy, g, out):
+def gradients_by_loop(a, C, dy, resets, g, out):
     """The T gradients of a chunk (T, n, d), and what goes on to the chunk before it (n, d)."""
 
     def put(t, g, out):
@@ -79,22 +86,25 @@ def gradients_by_loop(a, C, dy, g, out):
     def step(i, carry):
         t = len(a) - 2 - i
         g, out = carry
-        return put(t, a[t + 1] * g, out)  # writes one array a step: `out` already holds g
+        g = a[t + 1] * discard(g, _at(resets, t + 1))  # (n, d)
+        return put(t, g, out)  # writes one array a step: `out` already holds g
 
     g, out = jax.lax.fori_loop(0, len(a) - 1, step, put(len(a) - 1, g, out))
-    return out, g * a[0]
+    return out, a[0] * discard(g, _at(resets, 0))
 
 
-def states_by_tree(tree, a, B, u, h):
+def states_by_tree(tree, a, B, u, resets, h):
     """As ``states_by_loop``, all steps at once."""
-    return tree(a, outer(B, u).at[0].add(a[0] * h))  # (T, n, d)
+    first = a[0] * discard(h, _at(resets, 0))  # (n, d)
+    return tree(a, outer(B, u).at[0].add(first), resets)  # (T, n, d)
 
 
-def gradients_by_tree(tree, a, C, dy, g):
+def gradients_by_tree(tree, a, C, dy, resets, g):
     """As ``gradients_by_loop``, all steps at once: the same tree, read from the end."""
     a_next = jnp.concatenate([a[1:], jnp.ones_like(a[:1])])  # (T, n, d); g has its a already
-    gs = tree(a_next, outer(C, dy).at[-1].add(g), reverse=True)  # (T, n, d)
-    return gs, gs[0] * a[0]
+    resets_next = None if resets is None else jnp.append(resets[1:], False)  # (T,)
+    gs = tree(a_next, outer(C, dy).at[-1].add(g), resets_next, reverse=True)  # (T, n, d)
+    return gs, a[0] * discard(gs[0], _at(resets, 0))
 
 
 # --- chunk after chunk --------------------------------------------------------------------------
@@ -116,7 +126,7 @@ def forward_by_loop(T, x, delta, A, B, C, h0, resets):
         x_t, delta_t, B_t, C_t, resets_t = jax.tree.map(
             lambda v: jax.lax.dynamic_index_in_dim(v, t, axis=1, keepdims=False), inputs
         )  # read in place: lax.scan wants time as the first axis, and would copy
-        h = decay(delta_t, A, resets_t) * h + outer(B_t, delta_t * x_t)  # (b, n, d)
+        h = decay(delta_t, A) * discard(h, resets_t) + outer(B_t, delta_t * x_t)  # (b, n, d)
         return h, jnp.einsum("bnd,bn->bd", h, C_t)
 
     def chunk(h, start):
@@ -133,7 +143,7 @@ def forward_by_tree(tree, T, x, delta, A, B, C, h0, resets):
 
     def chunk(h, inputs):
         x_c, delta_c, B_c, C_c, resets_c = inputs
-        hs = states_by_tree(tree, decay(delta_c, A, resets_c), B_c, delta_c * x_c, h)  # (T, n, d)
+        hs = states_by_tree(tree, decay(delta_c, A), B_c, delta_c * x_c, resets_c, h)  # (T, n, d)
         return hs[-1], (jnp.einsum("tnd,tn->td", hs, C_c), h)
 
     chunks = jax.tree.map(lambda v: _to_chunks(v, T), (x, delta, B, C, resets))
@@ -185,13 +195,13 @@ def chunked_backward(tree, T, saved, cotangents):
         g, dA, h, gs = carry
         (x_c, delta_c, B_c, C_c, dy_c, resets_c), start = inputs
         u = delta_c * x_c  # (T, d)
-        a = decay(delta_c, A, resets_c)  # (T, n, d)
+        a = decay(delta_c, A)  # (T, n, d)
         if tree is None:
-            h = states_by_loop(a, B_c, u, start, h)  # (T, n, d)
-            gs, g = gradients_by_loop(a, C_c, dy_c, g, gs)  # (T, n, d), (n, d)
+            h = states_by_loop(a, B_c, u, resets_c, start, h)  # (T, n, d)
+            gs, g = gradients_by_loop(a, C_c, dy_c, resets_c, g, gs)  # (T, n, d), (n, d)
         else:
-            h = states_by_tree(tree, a, B_c, u, start)  # (T, n, d)
-            gs, g = gradients_by_tree(tree, a, C_c, dy_c, g)  # (T, n, d), (n, d)
+            h = states_by_tree(tree, a, B_c, u, resets_c, start)  # (T, n, d)
+            gs, g = gradients_by_tree(tree, a, C_c, dy_c, resets_c, g)  # (T, n, d), (n, d)
         dB, dC = jnp.einsum("tnd,td->tn", gs, u), jnp.einsum("tnd,td->tn", h, dy_c)  # (T, n)
         du = jnp.einsum("tnd,tn->td", gs, B_c)  # (T, d)
         # The gradient of the exponent Δ_t A is g_t a_t h_{t−1} = g_t (h_t − B_t ⊗ u_t). Its sums
@@ -213,8 +223,7 @@ def chunked_backward(tree, T, saved, cotangents):
 
     chunks = jax.tree.map(lambda v: _to_chunks(v, T), (x, delta, B, C, dy, resets))
     # Loops take so few rows at a time that their chunks stay in a CPU's cache; a tree takes all.
-    together = math.inf if tree else CACHED_CHANNELS
-    rows = int(min(len(x), together // x.shape[2]))
+    rows = len(x) if tree else min(len(x), CACHED_CHANNELS // x.shape[2])
     dh0, dA, grads = jax.lax.map(
         row, (chunks, starts, g_last), batch_size=rows if rows > 1 else None
     )
@@ -223,6 +232,11 @@ def chunked_backward(tree, T, saved, cotangents):
 
 
 chunked_scan.defvjp(chunked_forward, chunked_backward)
+
+
+def _at(resets, t):
+    """Step t's reset, a bool; None if there are none."""
+    return None if resets is None else resets[t]
 
 
 def _to_chunks(v, T):

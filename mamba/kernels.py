@@ -35,9 +35,12 @@ def _read(k, *refs):
 def kernel_step(h, A, x, delta, B, keep):
     """h, A: (n, w), x, delta: (w,), B, keep: (n,) -> exp(Δ_t A) and h_t, both (n, w)."""
     decay = jnp.exp2((LOG2_E * delta) * A)  # hardware has 2^v; the factor costs once per channel
-    if keep is not None:
-        decay = decay * keep[:, None]
-    return decay, decay * h + B[:, None] * (delta * x)
+    return decay, decay * _kept(h, keep) + B[:, None] * (delta * x)
+
+
+def _kept(h, keep):
+    """h (n, w), or 0 where keep (n,) is 0: a new segment starts. None: there are no segments."""
+    return h if keep is None else jnp.where(keep[:, None] == 0, 0.0, h)
 
 
 def _output(h, x, C, D):
@@ -110,8 +113,8 @@ def backward_kernel(
             dC_ref[row] = jnp.sum(h[t + 1] * dy, axis=1)  # (n,)
             dB_ref[row] = jnp.sum(g * (delta * x), axis=1)  # (n,)
             du = jnp.sum(g * B[:, None], axis=0)  # (w,): gradient of Δ_t x_t
-            g = g * kernel_step(h[t], A, x, delta, B, keep)[0]  # of h_{t−1}
-            dexponent = g * h[t]  # (n, w): gradient of Δ_t A
+            g = _kept(g, keep) * kernel_step(h[t], A, x, delta, B, keep)[0]  # of h_{t−1}
+            dexponent = g * _kept(h[t], keep)  # (n, w): gradient of Δ_t A
             dx_ref[row] = du * delta + D * dy
             ddelta_ref[row] = jnp.sum(dexponent * A, axis=0) + du * x
             dA, dD = dA + dexponent * delta, dD + dy * x

@@ -11,16 +11,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mamba.checks import check_lengths, check_shapes
+
 __all__ = [
     "A_log_init",
     "CausalConv",
     "RMSNorm",
     "dt_bias_init",
-    "few_rows_dot",
     "ignore_resets_in_padding",
     "linear",
     "residual_init",
-    "tied_logits",
     "uniform",
     "uniform_fan_in",
     "zero_at_padding",
@@ -49,14 +49,14 @@ class CausalConv(nn.Module):
 
     Args:
         x: (b, l, d) inputs.
-        past: (b, width − 1, d) the inputs before them; zeros before the first token.
-        lengths: (b,) true lengths of right-padded rows, or None. The next ``past`` ends at the last
+        cache: (b, width − 1, d) the inputs before them; zeros before the first token.
+        lengths: (b,) true lengths of right-padded rows, or None. The next cache ends at the last
             real token.
         resets: (b, l) True where a new segment starts (not in the padding), or None. A tap that
             would reach into an earlier segment reads 0, as at the start of a sequence.
 
     Returns:
-        y: (b, l, d), and the next ``past``: (b, width − 1, d) in float32.
+        y: (b, l, d), and the next cache: (b, width − 1, d) in float32.
     """
 
     width: int  # taps, d_conv
@@ -64,13 +64,15 @@ class CausalConv(nn.Module):
     dtype: Any = jnp.float32  # of the products
 
     @nn.compact
-    def __call__(self, x, past, lengths=None, resets=None):
+    def __call__(self, x, cache, lengths=None, resets=None):
         width, (b, l, d) = self.width, x.shape
+        check_shapes({"cache": (b, width - 1, d), "resets": (b, l)}, cache=cache, resets=resets)
+        check_lengths(lengths, (b, l))
         kernel = self.param("kernel", uniform_fan_in, (width, d)).astype(self.dtype)
-        window = jnp.concatenate([past.astype(x.dtype), x], axis=1)  # (b, width - 1 + l, d)
-        taps = [window[:, k : k + l] for k in range(width)]  # (b, l, d) each
-        if resets is not None:
-            segment = jnp.pad(jnp.cumsum(resets, axis=1), ((0, 0), (width - 1, 0)))  # as window
+        inputs = jnp.concatenate([cache.astype(x.dtype), x], axis=1)  # (b, width - 1 + l, d)
+        taps = [inputs[:, k : k + l] for k in range(width)]  # (b, l, d) each
+        if resets is not None:  # the number of each input's segment; the cache belongs to number 0
+            segment = jnp.pad(jnp.cumsum(resets, axis=1), ((0, 0), (width - 1, 0)))
             same = [segment[:, k : k + l] == segment[:, width - 1 :] for k in range(width)]
             taps = [jnp.where(s[..., None], tap, 0) for s, tap in zip(same, taps, strict=True)]
         y = sum(kernel[k] * taps[k] for k in range(width))  # (b, l, d)
@@ -78,16 +80,16 @@ class CausalConv(nn.Module):
             y += self.param("bias", uniform(width**-0.5), (d,)).astype(self.dtype)
 
         ends = jnp.full(b, l) if lengths is None else lengths
-        places = ends[:, None] + jnp.arange(width - 1)  # (b, width - 1), in the window
-        past = jnp.take_along_axis(window, places[..., None], axis=1)  # (b, width - 1, d)
-        if resets is not None:  # what comes next belongs to the last segment, and sees no other
+        places = ends[:, None] + jnp.arange(width - 1)  # (b, width - 1) of the last inputs
+        cache = jnp.take_along_axis(inputs, places[..., None], axis=1)  # (b, width - 1, d)
+        if resets is not None:  # the next token continues the last segment, and sees no other
             last = jnp.take_along_axis(segment, places, axis=1) == segment[:, -1:]
-            past = jnp.where(last[..., None], past, 0)
-        return y, past.astype(jnp.float32)
+            cache = jnp.where(last[..., None], cache, 0)
+        return y, cache.astype(jnp.float32)
 
 
 def linear(features, *, name, kernel_init=None, **options):
-    """``flax.linen.Dense`` with PyTorch's initialization, quick for a few rows on a CPU too.
+    """``flax.linen.Dense`` with PyTorch's initialization.
 
         y = x · kernel + bias
 
@@ -101,7 +103,6 @@ def linear(features, *, name, kernel_init=None, **options):
         features,
         name=name,
         kernel_init=uniform_fan_in if kernel_init is None else kernel_init,
-        dot_general=few_rows_dot,
         **options,
     )
 
@@ -166,59 +167,3 @@ def dt_bias_init(dt_min, dt_max, floor):
 def A_log_init(key, shape, dtype=jnp.float32):
     """log(1 … n) on every channel, so that A = −1 … −n: the real part of S4D's initialization."""
     return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[1] + 1, dtype=dtype)), shape)
-
-
-# --- matrix products for a few rows -------------------------------------------------------------
-#
-# When a small batch is decoded, the kernel is all there is to read, and a product cannot take less
-# time than that. One row does reach it: XLA's loop on a CPU reads as fast as the memory delivers.
-# For 2 … 8 rows it calls a library that first copies the kernel into an order that suits many rows,
-# which takes longer than reading. Written as a batch of small products, for which XLA calls another
-# library, it does not. For other numbers of rows, and on other backends, these are the plain
-# products. benchmarks/few_rows.py measures the difference.
-
-FEW_ROWS = range(2, 9)  # rows of x for which the small products are quicker
-ROWS_PER_PRODUCT = 16  # rows of the kernel in one small product
-TABLE_PARTS = 8  # parts of a table, a small product each
-MAX_SUMMED = 2**14  # numbers in a result that XLA sums while it computes them; above, it is slow
-
-
-def few_rows_dot(x, kernel, dimension_numbers, precision=None, preferred_element_type=None):
-    """x (..., k) · kernel (k, m) -> (..., m), as ``jax.lax.dot_general``: for ``flax.linen.Dense``.
-
-    A few rows: Σ_c x_c · kernel_c, where x_c (r, 16) and kernel_c (16, m) are the c-th slices of k.
-    """
-    k, m = kernel.shape
-    rows = x.reshape(-1, k)  # (r, k)
-    groups = -(-len(rows) * m // MAX_SUMMED)
-    if not _is_few(rows) or k % ROWS_PER_PRODUCT or groups > 2:
-        return jax.lax.dot_general(x, kernel, dimension_numbers, precision, preferred_element_type)
-    kernel = kernel.reshape(-1, ROWS_PER_PRODUCT, m)  # (c, 16, m)
-
-    def product(rows):
-        slices = rows.reshape(len(rows), -1, ROWS_PER_PRODUCT)  # (r, c, 16)
-        y = jnp.einsum("rck,ckm->crm", slices, kernel, preferred_element_type=jnp.float32)
-        return y.sum(0)  # (r, m)
-
-    y = jnp.concatenate([product(group) for group in jnp.array_split(rows, groups)])  # (r, m)
-    return y.reshape(*x.shape[:-1], m).astype(preferred_element_type or x.dtype)
-
-
-def tied_logits(x, table):
-    """x (..., d) · table (v, d)ᵀ -> (..., v) in float32: the head that is the embedding's table.
-
-    Rows (r, d) read the table as it lies, which on a CPU is twice as fast as x · tableᵀ; a few rows
-    read a part of it at a time.
-    """
-    if x.ndim > 2:
-        return jnp.dot(x, table.T, preferred_element_type=jnp.float32)  # (..., v)
-    v, d = table.shape
-    if not _is_few(x) or v % TABLE_PARTS:
-        return jnp.dot(table, x.T, preferred_element_type=jnp.float32).T  # (r, v)
-    x, table = jnp.broadcast_to(x, (TABLE_PARTS, *x.shape)), table.reshape(TABLE_PARTS, -1, d)
-    y = jnp.einsum("prk,pvk->rpv", x, table, preferred_element_type=jnp.float32)
-    return y.reshape(-1, v)  # (r, v)
-
-
-def _is_few(rows):
-    return len(rows) in FEW_ROWS and jax.default_backend() == "cpu"

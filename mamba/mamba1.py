@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from mamba.checks import check_config
 from mamba.layers import (
     A_log_init,
     CausalConv,
@@ -35,7 +35,7 @@ __all__ = ["LayerState", "MambaBlock", "MambaConfig"]
 class MambaConfig:
     """The sizes and choices that define a Mamba language model, under their released names.
 
-    Raises ValueError for sizes that make no model.
+    Raises ValueError for sizes and choices that make no model.
     """
 
     d_model: int  # width of the residual stream
@@ -56,21 +56,9 @@ class MambaConfig:
     dtype: Any = jnp.float32  # of the matrix products
 
     def __post_init__(self):
-        for name in (
-            "d_model",
-            "n_layer",
-            "vocab_size",
-            "d_state",
-            "d_conv",
-            "expand",
-            "rank",
-            "pad_vocab_size_multiple",
-        ):
-            size = getattr(self, name)
-            if not isinstance(size, int | np.integer) or size < 1:
-                raise ValueError(f"{name} must be a whole number, at least 1, got {size}")
-        if not 0 < self.dt_min <= self.dt_max:
-            raise ValueError(f"expected 0 < dt_min <= dt_max, got {self.dt_min} and {self.dt_max}")
+        check_config(self)
+        if self.dt_min > self.dt_max:
+            raise ValueError(f"expected dt_min <= dt_max, got {self.dt_min} and {self.dt_max}")
 
     @property
     def d_inner(self):
@@ -137,13 +125,13 @@ class MambaBlock(nn.Module):
     def __call__(self, u, state=None, lengths=None, resets=None):
         c = self.config
         dense = partial(linear, use_bias=c.bias, dtype=c.dtype)
-        past = LayerState.zeros(c, len(u)) if state is None else state
+        state = LayerState.zeros(c, len(u)) if state is None else state
         resets = ignore_resets_in_padding(resets, lengths)
 
         x, z = jnp.split(dense(2 * c.d_inner, name="in_proj")(u), 2, axis=-1)  # (b, l, d_inner)
 
         conv1d = CausalConv(c.d_conv, c.conv_bias, c.dtype, name="conv1d")
-        x, window = conv1d(x, past.conv, lengths, resets)  # (b, l, d_inner), (b, d_conv - 1, …)
+        x, cache = conv1d(x, state.conv, lengths, resets)  # (b, l, d_inner), (b, d_conv - 1, …)
         x = nn.silu(x)  # (b, l, d_inner)
 
         delta, B, C = self.select(x)  # (b, l, d_inner), (b, l, n), (b, l, n)
@@ -152,16 +140,18 @@ class MambaBlock(nn.Module):
         A = -jnp.exp(self.param("A_log", A_log_init, (c.d_inner, c.d_state)))  # (d_inner, n)
         D = self.param("D", nn.initializers.ones, (c.d_inner,))  # (d_inner,)
         y, h = selective_scan(  # with the gate: y ⊙ silu(z), while y is still in float32
-            x, delta, A, B, C, D, z=z, h0=past.ssm, resets=resets, return_state=True
+            x, delta, A, B, C, D, z=z, h0=state.ssm, resets=resets, return_state=True
         )  # (b, l, d_inner), (b, d_inner, n)
 
         out_proj = dense(c.d_model, name="out_proj", kernel_init=residual_init(c.n_layer))
-        return out_proj(y), LayerState(window, h)  # (b, l, d_model)
+        return out_proj(y), LayerState(cache, h)  # (b, l, d_model)
 
     def select(self, x):
-        """What each token asks of the state: how long to hold it, how to write and to read.
+        """What each token chooses: its time step Δ, how it writes (B) and how it reads (C).
 
             dt, B, C = split(x_proj(x));   Δ = softplus(dt_proj(dt))
+
+        A large Δ forgets the state and takes the token in; Δ near 0 keeps the state as it is.
 
         -> Δ (b, l, d_inner), B and C (b, l, n)
         """

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from mamba.checkpoint.load import load_checkpoint
 from mamba.checkpoint.save import save_checkpoint
 from mamba.checks import check_lengths, check_resets, check_state, check_tokens
-from mamba.layers import RMSNorm, tied_logits, uniform_fan_in
+from mamba.layers import RMSNorm, uniform_fan_in
 
 __all__ = ["Mamba", "ResidualBlock"]
 
@@ -41,9 +41,9 @@ class Mamba(nn.Module):
         logits, state = model.apply({"params": params}, tokens, state)
 
     Args:
-        tokens: (b, l) integers, l ≥ 1.
+        tokens: (b, l) integers, b and l ≥ 1.
         state: to continue from; ``initial_state(b)`` to begin. None: begin, and return no state.
-        lengths: (b,) true lengths of right-padded rows, or None.
+        lengths: (b,) true lengths of right-padded rows, or None. Logits at padding mean nothing.
         resets: (b, l) True at the first token of each segment packed into a row, or None. A segment
             gets the logits that it gets alone.
 
@@ -54,6 +54,7 @@ class Mamba(nn.Module):
         ValueError: tokens that are not integers of that shape or lie outside the vocabulary; a
             state, lengths or resets that do not fit them. Under ``jit`` values are not known in
             time: an id or a length that is too large gives NaN.
+        TypeError: what is no array, or resets that are not bool.
     """
 
     config: Any  # MambaConfig, or another generation's
@@ -77,7 +78,7 @@ class Mamba(nn.Module):
         """As a call with a state, with the logits of each row's last real token only.
 
         It is there to read a prompt: only the last position says what comes next, and the head is
-        the largest matrix product of a small model.
+        the largest matrix product of a small model. Logits of a row of length 0 mean nothing.
         -> logits (b, padded_vocab_size), next state
         """
         x, state = self.features(tokens, state, lengths, resets)  # (b, l, d_model)
@@ -92,17 +93,16 @@ class Mamba(nn.Module):
         check_resets(resets, tokens.shape)
         x = self.embedding(tokens).astype(jnp.float32)  # (b, l, d_model)
         next_state = []
-        for layer, past in zip(self.layers, state or [None] * len(self.layers), strict=True):
-            x, layer_state = layer(x, past, lengths, resets)
+        for layer, layer_state in zip(self.layers, state or [None] * len(self.layers), strict=True):
+            x, layer_state = layer(x, layer_state, lengths, resets)
             next_state.append(layer_state)
         return self.norm_f(x), tuple(next_state)
 
     def logits(self, x):
         """The head. x: (..., d_model) -> (..., padded_vocab_size) float32."""
-        dtype, x = self.config.dtype, x.astype(self.config.dtype)
-        if self.config.tie_embeddings:
-            return tied_logits(x, self.embedding.embedding.astype(dtype))
-        return jnp.dot(x, self.lm_head().astype(dtype), preferred_element_type=jnp.float32)
+        tied, dtype = self.config.tie_embeddings, self.config.dtype
+        kernel = self.embedding.embedding.T if tied else self.lm_head()  # (d_model, vocab)
+        return jnp.dot(x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
 
     def initial_state(self, batch):
         """The state before the first token: n_layer states of one layer each, all zeros."""

@@ -37,7 +37,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
-from mamba.checks import check_shapes
+from mamba.checks import check_axes, check_shapes
 from mamba.kernels import CHUNK, backward_kernel, forward_kernel
 
 __all__ = ["GPU", "TPU", "Tiles", "pallas_scan"]
@@ -66,7 +66,7 @@ def pallas_scan(x, delta, A, B, C, D, z, h0, resets, interpret=None):
     """Run the recurrence above over a sequence in one kernel, and its gradient in another.
 
     Args, all float32:
-        x: (b, l, d) input, l ≥ 1.
+        x: (b, l, d) input, all ≥ 1.
         delta: (b, l, d) time steps.
         A: (n, d) rates, negative.
         B: (b, l, n).
@@ -83,14 +83,11 @@ def pallas_scan(x, delta, A, B, C, D, z, h0, resets, interpret=None):
         once, in every float argument and through both results.
 
     Raises:
-        ValueError: shapes that do not fit, or an empty sequence.
-        TypeError: another dtype than float32.
+        ValueError: shapes that do not fit, or a size of 0.
+        TypeError: another dtype than float32, or resets that are not bool.
         NotImplementedError: a second derivative.
     """
-    if x.ndim != 3 or x.shape[1] < 1:
-        raise ValueError(f"x must have shape (b, l, d) with l >= 1, got {x.shape}")
-    if A.ndim != 2:
-        raise ValueError(f"A must have shape (n, d), got {A.shape}")
+    check_axes(x=(x, "b l d"), A=(A, "n d"))
     (b, l, d), n = x.shape, A.shape[0]
     floats = {"x": x, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "h0": h0}
     shapes = {"x": (b, l, d), "delta": (b, l, d), "A": (n, d), "B": (b, l, n), "C": (b, l, n)}

@@ -2,8 +2,9 @@
 
     h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t x_t,    y_t = C_t h_t + D x_t,    then y_t · silu(z_t)
 
-for each of b·d channels with n states apiece. The discretization is the released code's,
-``mamba.discretize.mixed_diag``. Pure functions of arrays.
+for each of b·d channels with n states apiece. The discretization is the released code's: the rule
+of ``mamba.discretize.mixed_diag``, written out where it is used (``mamba.chunked.decay``, and
+``mamba.kernels.kernel_step``), so that no array of it is kept. Pure functions of arrays.
 
 Source: Mamba (Gu & Dao, 2023), §3.2 and Algorithm 2.
 """
@@ -12,10 +13,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mamba.checks import check_shapes
-from mamba.chunked import chunked_scan, decay, outer
+from mamba.checks import check_axes, check_shapes
+from mamba.chunked import chunked_scan, decay, discard, outer
 
-__all__ = ["CHUNKS", "METHODS", "associative", "combine", "one_step", "selective_scan", "tree"]
+__all__ = [
+    "CHUNKS",
+    "METHODS",
+    "associative",
+    "combine",
+    "combine_segments",
+    "one_step",
+    "selective_scan",
+    "tree",
+]
 
 CHUNKS = {"sequential": 16, "chunked": 64}  # T, tokens between two kept states
 METHODS = ("associative", *CHUNKS, "pallas")
@@ -42,7 +52,8 @@ def selective_scan(
         y_t = h_t C_t + D ⊙ x_t;    with a gate z, y_t ← y_t ⊙ silu(z_t)
 
     Args:
-        x: (b, l, d) input, l ≥ 1. Every array is computed with in float32, whatever its dtype.
+        x: (b, l, d) input, all ≥ 1. Every array is computed with in float32, whatever its floating
+            dtype.
         delta: (b, l, d) time steps Δ > 0, bias and softplus already applied. Where Δ = 0, the
             state passes through unchanged.
         A: (d, n) rates in 1/Δ, real and negative.
@@ -52,7 +63,8 @@ def selective_scan(
         z: (b, l, d) gate, or None.
         h0: (b, d, n) state before the first token; None means zeros.
         resets: (b, l) True where a new segment starts: the state (also h0) is discarded before
-            that token, so sequences packed into one row give what each gives alone. Or None.
+            that token, NaN and infinity included, so sequences packed into one row give what each
+            gives alone. Or None.
         method: how to compute it.
             "sequential": one step after another.
             "chunked": a tree over the steps of a chunk, one chunk after another.
@@ -75,17 +87,15 @@ def selective_scan(
     pass that is given by hand. For a Hessian, use jacrev(jacrev(f)).
 
     Raises:
-        ValueError: shapes that do not fit, resets that are not bool, an empty sequence, an unknown
-            method, or a chunk that the method does not take.
+        ValueError: shapes that do not fit, a size of 0, an unknown method, or a chunk that the
+            method does not take.
+        TypeError: what is no array, no floating-point numbers, or resets that are not bool.
     """
-    if x.ndim != 3 or x.shape[1] < 1:
-        raise ValueError(f"x must have shape (b, l, d) with l >= 1, got {x.shape}")
-    if A.ndim != 2:
-        raise ValueError(f"A must have shape (d, n), got {A.shape}")
+    check_axes(x=(x, "b l d"), A=(A, "d n"))
     (b, l, d), n = x.shape, A.shape[1]
-    shapes = {"delta": (b, l, d), "A": (d, n), "B": (b, l, n), "C": (b, l, n), "D": (d,)}
-    shapes |= {"z": (b, l, d), "h0": (b, d, n), "resets": (b, l)}
-    check_shapes(shapes, delta=delta, A=A, B=B, C=C, D=D, z=z, h0=h0, resets=resets)
+    shapes = {"x": (b, l, d), "delta": (b, l, d), "A": (d, n), "B": (b, l, n), "C": (b, l, n)}
+    shapes |= {"D": (d,), "z": (b, l, d), "h0": (b, d, n), "resets": (b, l)}
+    check_shapes(shapes, x=x, delta=delta, A=A, B=B, C=C, D=D, z=z, h0=h0, resets=resets)
     method, chunk = _choose(method, chunk)
 
     dtype = x.dtype
@@ -129,12 +139,34 @@ def combine(left, right):
     return a * a_next, a_next * b + b_next
 
 
-def tree(a, b, *, axis=0, reverse=False):
+def combine_segments(left, right):
+    """``combine`` for steps (a, b, r), where r says whether a new segment starts in them.
+
+    A segment does not see what lies before it: a and b of the left are replaced by 0, not
+    multiplied with 0, so that NaN and infinity do not get through.
+    """
+    *earlier, r = left
+    *later, r_next = right
+    earlier = [jnp.where(r_next, 0.0, v) for v in earlier]
+    return *combine(earlier, later), r | r_next
+
+
+def tree(a, b, resets=None, *, axis=0, reverse=False):
     """All states of h_t = a_t h_{t−1} + b_t from h = 0, in O(log l) levels of ``combine``.
 
-    a, b: arrays of one shape, time along ``axis``. With ``reverse``, time runs from the end.
+    Args:
+        a: what a step keeps of the state, time along ``axis``.
+        b: what it adds; the same shape.
+        resets: bool, True where the state before a step is discarded: the axes of a up to time,
+            or None.
+        axis: of time.
+        reverse: time runs from the end.
     """
-    return jax.lax.associative_scan(combine, (a, b), axis=axis, reverse=reverse)[1]
+    if resets is None:
+        return jax.lax.associative_scan(combine, (a, b), axis=axis, reverse=reverse)[1]
+    resets = resets.reshape(*resets.shape, *[1] * (a.ndim - resets.ndim))  # as a, to broadcast
+    steps = (a, b, resets)
+    return jax.lax.associative_scan(combine_segments, steps, axis=axis, reverse=reverse)[1]
 
 
 def associative(x, delta, A, B, C, h0, resets):
@@ -143,10 +175,11 @@ def associative(x, delta, A, B, C, h0, resets):
     x, delta: (b, l, d), A: (n, d), B, C: (b, l, n), h0: (b, n, d), resets: (b, l) or None
     -> h C: (b, l, d), the last state: (b, n, d)
     """
-    a = decay(delta, A, resets)  # (b, l, n, d)
+    a = decay(delta, A)  # (b, l, n, d)
     b = outer(B, delta * x)  # (b, l, n, d)
-    b = b.at[:, 0].add(a[:, 0] * h0)  # the first step also carries the initial state
-    h = tree(a, b, axis=1)  # (b, l, n, d)
+    first = None if resets is None else resets[:, 0]  # (b,)
+    b = b.at[:, 0].add(a[:, 0] * discard(h0, first))  # the first step also carries the state
+    h = tree(a, b, resets, axis=1)  # (b, l, n, d)
     return jnp.einsum("blnd,bln->bld", h, C), h[:, -1]  # (b, l, d), (b, n, d)
 
 
@@ -158,9 +191,8 @@ def one_step(x, delta, A, B, C, h0, resets):
     -> h C: (b, 1, d), the next state: (b, d, n)
     """
     a = jnp.exp(delta[:, 0, :, None] * A)  # (b, d, n)
-    if resets is not None:
-        a = jnp.where(resets[:, :, None], 0.0, a)
-    h = a * h0 + outer((delta * x)[:, 0], B[:, 0])  # (b, d, n)
+    first = None if resets is None else resets[:, 0]  # (b,)
+    h = a * discard(h0, first) + outer((delta * x)[:, 0], B[:, 0])  # (b, d, n): u ⊗ B, d first
     return jnp.einsum("bdn,bln->bld", h, C), h
 
 
@@ -174,6 +206,6 @@ def _choose(method, chunk):
         return method, CHUNKS.get(method)
     if method not in CHUNKS:
         raise ValueError(f"method {method!r} takes no chunk: only {' and '.join(CHUNKS)} do")
-    if not isinstance(chunk, int) or chunk < 1:
+    if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
         raise ValueError(f"chunk must be a number of tokens, at least 1, got {chunk!r}")
     return method, chunk

@@ -1,14 +1,10 @@
-"""The layers: matrix products of a few rows against float64, the convolution against its parts."""
+"""The layers: the convolution against its parts, Δ = 0 at padding."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba import layers
-from mamba.layers import MAX_SUMMED, CausalConv, few_rows_dot, tied_logits, zero_at_padding
-
-DENSE = (((1,), (0,)), ((), ()))
+from mamba.layers import CausalConv, zero_at_padding
 
 
 def numbers(*shape, seed=0):
@@ -18,79 +14,6 @@ def numbers(*shape, seed=0):
 def assert_close(found, expected, tolerance=1e-6):
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
-
-
-@pytest.mark.parametrize("r", [1, 2, 3, 5, 8, 9])
-@pytest.mark.parametrize("k, m", [(32, 5), (16, 1), (48, 80), (17, 8), (64, MAX_SUMMED // 4)])
-def test_few_rows_dot(r, k, m):
-    x, kernel = numbers(r, k), numbers(k, m, seed=1)
-    expected = x.astype(np.float64) @ kernel
-
-    @jax.jit
-    def products(x, kernel):
-        in_block = few_rows_dot(x[:, None], kernel, (((2,), (0,)), ((), ())))  # x: (r, 1, k)
-        return few_rows_dot(x, kernel, DENSE), in_block[:, 0]
-
-    for product in products(x, kernel):
-        assert_close(product, expected)
-
-
-@pytest.mark.parametrize("r", [1, 2, 7, 8, 9])
-@pytest.mark.parametrize("v, k", [(8, 3), (80, 32), (81, 32)])
-def test_tied_logits(r, v, k):
-    x, table = numbers(r, k), numbers(v, k, seed=1)
-    assert_close(jax.jit(tied_logits)(x, table), x.astype(np.float64) @ table.T)
-
-
-def test_bfloat16():
-    x, kernel = (numbers(*shape).astype(jnp.bfloat16) for shape in ((4, 64), (64, 24)))
-    expected = x.astype(np.float64) @ kernel.astype(np.float64)
-    y = few_rows_dot(jnp.asarray(x), jnp.asarray(kernel), DENSE)
-    assert y.dtype == jnp.bfloat16
-    assert_close(np.float64(y), expected, 2**-8)  # summed in float32, rounded once
-    logits = tied_logits(jnp.asarray(x), jnp.asarray(kernel).T)
-    assert logits.dtype == jnp.float32
-    assert_close(logits, expected, 1e-5)
-
-
-def test_gradients():
-    x, kernel, weight = numbers(4, 32), numbers(32, 8, seed=1), numbers(4, 8, seed=2)
-    dense = lambda x, k: few_rows_dot(x, k, DENSE)  # noqa: E731
-    for function, second in ((dense, kernel), (tied_logits, kernel.T)):
-        loss = lambda x, k, f=function: (f(x, k) * weight).sum()  # noqa: E731
-        dx, dk = jax.jit(jax.grad(loss, (0, 1)))(x, second)
-        assert_close(dx, weight.astype(np.float64) @ kernel.T)
-        expected = x.T.astype(np.float64) @ weight
-        assert_close(dk, expected if second is kernel else expected.T)
-
-
-def batched(function, *args):
-    """Whether a product in the function is a batch of small ones."""
-    products = [
-        e for e in jax.make_jaxpr(function)(*args).eqns if e.primitive.name == "dot_general"
-    ]
-    return [bool(e.params["dimension_numbers"][1][0]) for e in products]
-
-
-def test_when_the_product_is_split(monkeypatch):
-    def dense(r, k=32, m=8):
-        return batched(lambda x, k: few_rows_dot(x, k, DENSE), numbers(r, k), numbers(k, m))
-
-    def head():
-        return batched(lambda x, table: tied_logits(x, table), numbers(4, 32), numbers(16, 32))
-
-    assert [dense(r) for r in (1, 2, 8, 9)] == [[False], [True], [True], [False]]
-    assert dense(4, k=33) == [False]
-    assert dense(4, m=MAX_SUMMED // 4) == [True]
-    assert dense(4, m=MAX_SUMMED // 4 + 1) == [True, True]  # two rows and two rows
-    assert dense(4, m=MAX_SUMMED // 2 + 1) == [False]
-    assert head() == [True]
-    monkeypatch.setattr(layers.jax, "default_backend", lambda: "gpu")
-    assert dense(4) == [False]
-    assert head() == [False]
-
-
-# --- the convolution, which owns its cache ------------------------------------------------------
 
 
 def convolution(width, use_bias=True, d=5):
@@ -158,3 +81,15 @@ def test_time_steps_at_padding_are_zero_and_no_others():
     assert (found != 0).sum(axis=(1, 2)).tolist() == [0, 4, 8]
     assert (found[1, :2] == delta[1, :2]).all() and (found[2] == delta[2]).all()
     assert zero_at_padding(delta, None) is delta
+
+
+def test_what_the_convolution_refuses():
+    _, apply = convolution(4)
+    x, cache = numbers(3, 7, 5), numbers(3, 3, 5)
+    for wrong in (numbers(3, 4, 5), numbers(2, 3, 5), numbers(3, 3, 1)):
+        with pytest.raises(ValueError, match=r"cache must have shape \(3, 3, 5\)"):
+            apply(x, wrong, None, None)
+    with pytest.raises(ValueError, match=r"lengths must be integers of shape \(3,\)"):
+        apply(x, cache, np.array([7, 7]), None)
+    with pytest.raises(ValueError, match=r"resets must have shape \(3, 7\)"):
+        apply(x, cache, None, np.zeros((3, 6), bool))

@@ -185,11 +185,11 @@ def test_names_the_argument_whose_shape_is_wrong(name):
 
 def test_refuses_an_empty_sequence_and_other_dtypes():
     inputs = as_float32(random_inputs(2, 4, 3, 2, reset=True))
-    with pytest.raises(ValueError, match="l >= 1"):
+    with pytest.raises(ValueError, match="all >= 1"):
         pallas_scan(**{**inputs, "x": inputs["x"][:, :0]})
     with pytest.raises(TypeError, match="B must be float32, got bfloat16"):
         pallas_scan(**{**inputs, "B": inputs["B"].astype(jnp.bfloat16)})
-    with pytest.raises(ValueError, match="resets must be bool, .*, got int32"):
+    with pytest.raises(TypeError, match="resets must be bool, .*, got int32"):
         pallas_scan(**{**inputs, "resets": inputs["resets"].astype(jnp.int32)})
 
 

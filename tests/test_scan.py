@@ -289,6 +289,54 @@ def test_nothing_crosses_a_reset(method):
         assert not grads[name][:, :67].any() and grads[name][:, 67:].any(), name
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_reset_discards_what_is_not_finite(method, value):
+    """NaN or infinity before a reset, in h0 or in a token, is gone after it; gradients too."""
+    clean, resets = as_float32(random_inputs(3, 70, 2, 3)), np.zeros((3, 70), bool)
+    resets[:, 67] = True
+    dy, dh = random_cotangents(clean)
+    dirty = {k: v.copy() for k, v in clean.items()}
+    dirty["h0"][0] = dirty["x"][1, 3] = dirty["B"][2, 66] = value
+    ((y, h), grads), ((y_other, h_other), grads_other) = (
+        with_gradients(v, dy, dh, resets, method=method) for v in (clean, dirty)
+    )
+    assert not np.isfinite(y_other[:, :67]).all(axis=(1, 2)).any()  # the test can fail
+    np.testing.assert_array_equal(y[:, 67:], y_other[:, 67:])
+    np.testing.assert_array_equal(h, h_other)
+    for name in sorted(ALONG_TIME):
+        np.testing.assert_array_equal(grads[name][:, 67:], grads_other[name][:, 67:], name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_that_are_not_finite_stop_at_a_reset(method):
+    inputs, resets = as_float32(random_inputs(2, 70, 2, 3)), np.zeros((2, 70), bool)
+    resets[:, 67] = True
+    dy, dh = random_cotangents(inputs)
+    dirty = dy.copy()
+    dirty[0, 68] = np.nan
+    grads, grads_other = (
+        with_gradients(inputs, v, dh, resets, method=method)[1] for v in (dy, dirty)
+    )
+    assert np.isnan(grads_other["x"][0, 67:69]).any()
+    for name in sorted(ALONG_TIME):
+        np.testing.assert_array_equal(grads[name][:, :67], grads_other[name][:, :67], name)
+    np.testing.assert_array_equal(grads["h0"], grads_other["h0"])
+
+
+def test_h0_that_is_not_finite_before_a_reset_at_the_first_token():
+    for l in (1, 9):
+        inputs = as_float32(random_inputs(2, l, 3, 4))
+        resets = np.zeros((2, l), bool)
+        resets[:, 0] = True
+        dirty = inputs | {"h0": np.full_like(inputs["h0"], np.nan)}
+        for method in METHODS:
+            y, h = run(inputs | {"resets": resets}, method)
+            y_other, h_other = run(dirty | {"resets": resets}, method)
+            np.testing.assert_array_equal(y, y_other)
+            np.testing.assert_array_equal(h, h_other)
+
+
 # --- use ----------------------------------------------------------------------------------------
 
 
@@ -368,11 +416,25 @@ def test_bad_input_is_named():
         cut = good[name][:-1] if name == "A" else good[name][..., :-1]
         with pytest.raises(ValueError, match=f"^{name} must have shape"):
             selective_scan(**(good | {name: cut}))
-    with pytest.raises(ValueError, match="l >= 1"):
-        selective_scan(**(good | {"x": good["x"][:, :0]}))
+    for axis in range(3):
+        empty = np.take(good["x"], [], axis=axis)
+        with pytest.raises(ValueError, match=r"x must have shape \(b, l, d\), all >= 1"):
+            selective_scan(**(good | {"x": empty}))
+    with pytest.raises(ValueError, match=r"A must have shape \(d, n\), all >= 1"):
+        selective_scan(**(good | {"A": good["A"][:, :0]}))
     with pytest.raises(ValueError, match=r"^resets must have shape \(2, 5\)"):
         selective_scan(**good, resets=np.zeros((2, 4), bool))
-    with pytest.raises(ValueError, match="^resets must be bool.*int64"):
+    with pytest.raises(TypeError, match="^resets must be bool.*int64"):
         selective_scan(**good, resets=np.zeros((2, 5), int))
     with pytest.raises(ValueError, match="unknown method 'parallel'.*associative.*sequential"):
         selective_scan(**good, method="parallel")
+
+
+@pytest.mark.parametrize("dtype", [np.int32, bool, np.complex64])
+def test_numbers_of_another_kind_are_refused(dtype):
+    good = as_float32(random_inputs(2, 5, 3, 4))
+    for name in NAMES:
+        with pytest.raises(TypeError, match=f"^{name} must hold floating-point numbers"):
+            selective_scan(**(good | {name: good[name].astype(dtype)}))
+        with pytest.raises(TypeError, match=f"^{name} must be an array, got list"):
+            selective_scan(**(good | {name: good[name].tolist()}))

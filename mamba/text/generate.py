@@ -7,24 +7,19 @@ temperature, the end token) is a value to them, not a shape, so they are compile
 """
 
 import functools
-import numbers
-import operator
-from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mamba.model import Mamba
-from mamba.text.prompt import encode_prompts, padded_length, read_tokens, upcast_on_cpu
+from mamba.text.prompt import padded_length, read_tokens
+from mamba.text.request import explain_not_finite, prepare
 from mamba.text.sampling import Sampling, penalize, sample
-from mamba.text.state import TextState
-from mamba.text.writer import TextWriter
 
 __all__ = ["generate", "stream"]
 
-STOP_CHECK_EVERY = 16  # tokens drawn between two searches for a stop string
+NO_TOKEN = -1  # drawn from logits that are not all finite
 
 
 def generate(
@@ -63,7 +58,8 @@ def generate(
         top_p: only the fewest likeliest tokens whose probabilities reach p are drawn.
         min_p: only tokens with at least p times the largest probability are drawn.
         repetition_penalty: above 1, tokens of the prompt or generated before become less likely.
-        eos_token_id: where this token comes, the text ends, without it. None never ends early.
+        eos_token_id: where this token comes, the text ends, without it; or several such tokens.
+            None never ends early.
         stop: a str or several. The text ends before the first that is generated (``TextWriter``).
         state: a TextState from ``read_prompt``. The prompt continues the text that it holds, and
             may be ""; that text is not returned. One text serves any number of prompts.
@@ -74,30 +70,35 @@ def generate(
 
     Raises:
         ValueError: an empty prompt or list; a tokenizer, parameters or a state that do not fit;
-            n_tokens_to_gen < 1; a sampling setting out of range.
+            n_tokens_to_gen < 1; a sampling setting out of range; logits that are NaN or infinite.
         TypeError: an argument of another kind, such as a key that is not one.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    job = _check(model, key, params, tokenizer, prompts, n_tokens_to_gen, eos_token_id, stop, state)
-    texts, left = list(prompts), job.n
+    request = prepare(
+        model, key, params, tokenizer, prompts, n_tokens_to_gen, eos_token_id, stop, state
+    )
+    model, params, writers = request.model, request.params, request.writers
+    texts, left = list(prompts), request.n
 
-    read = read_tokens(job.model, job.params, job.ids, job.state)
-    carry = _first(read, job.keys, job.limit, sampling)
+    read = read_tokens(model, params, request.ids, request.state)
+    carry = _first(read, request.keys, request.limit, sampling)
     tokens = np.asarray(carry.token)[:, None]  # (b, m): the m tokens drawn last
     while True:
+        if (tokens == NO_TOKEN).any():
+            raise ValueError(explain_not_finite(request))
         for i, row in enumerate(tokens.tolist()):
-            texts[i] += "".join(map(job.writers[i].write, row))
+            texts[i] += "".join(map(writers[i].write, row))
         left -= tokens.shape[1]
-        done = np.array([writer.done for writer in job.writers])  # (b,)
+        done = np.array([writer.done for writer in writers])  # (b,)
         if left == 0 or done.all():
             break
-        m = min(left, job.at_once)
+        m = min(left, request.at_once)
         tokens, carry = _loop(
-            job.model, job.params, carry, done, m, job.eos, job.limit, sampling, padded_length(m)
+            model, params, carry, done, m, request.ends, request.limit, sampling, padded_length(m)
         )
         tokens = np.asarray(tokens)[:, :m]
-    texts = [text + writer.close() for text, writer in zip(texts, job.writers, strict=True)]
+    texts = [text + writer.close() for text, writer in zip(texts, writers, strict=True)]
     return texts[0] if isinstance(prompt, str) else texts
 
 
@@ -131,17 +132,21 @@ def stream(
     if not isinstance(prompt, str):
         raise TypeError(f"stream continues one prompt, a str, got {type(prompt).__name__}")
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    prompts = [prompt]
-    job = _check(model, key, params, tokenizer, prompts, n_tokens_to_gen, eos_token_id, stop, state)
-    (writer,) = job.writers
+    request = prepare(
+        model, key, params, tokenizer, [prompt], n_tokens_to_gen, eos_token_id, stop, state
+    )
+    (writer,) = request.writers
 
     def texts():
-        read = read_tokens(job.model, job.params, job.ids, job.state)
-        carry = _first(read, job.keys, job.limit, sampling)
-        for i in range(job.n):
+        read = read_tokens(request.model, request.params, request.ids, request.state)
+        carry = _first(read, request.keys, request.limit, sampling)
+        for i in range(request.n):
             if i:
-                carry = _step(job.model, job.params, carry, job.limit, sampling)
-            text = writer.write(int(carry.token[0]))
+                carry = _step(request.model, request.params, carry, request.limit, sampling)
+            token = int(carry.token[0])
+            if token == NO_TOKEN:
+                raise ValueError(explain_not_finite(request))
+            text = writer.write(token)
             if writer.done:
                 break
             yield text
@@ -181,8 +186,8 @@ def _step(model, params, carry, limit, sampling):
 
 
 @functools.partial(jax.jit, static_argnames=("model", "size"))
-def _loop(model, params, carry, done, n, eos, limit, sampling, size):
-    """Take n ≤ size steps, or fewer once every row is done or has drawn eos.
+def _loop(model, params, carry, done, n, ends, limit, sampling, size):
+    """Take n ≤ size steps, or fewer once every row is done or has drawn one of the ends (k,).
 
     -> tokens (b, size), of which the first n count, carry
     """
@@ -194,7 +199,8 @@ def _loop(model, params, carry, done, n, eos, limit, sampling, size):
     def body(loop):
         t, carry, done, tokens = loop
         carry = _step(model, params, carry, limit, sampling)
-        return t + 1, carry, done | (carry.token == eos), tokens.at[:, t].set(carry.token)
+        done |= (carry.token[:, None] == ends).any(axis=1)  # (b,)
+        return t + 1, carry, done, tokens.at[:, t].set(carry.token)
 
     tokens = jnp.zeros((len(carry.token), size), jnp.int32)
     _, carry, _, tokens = jax.lax.while_loop(unfinished, body, (0, carry, done, tokens))
@@ -203,9 +209,10 @@ def _loop(model, params, carry, done, n, eos, limit, sampling, size):
 
 def _draw(logits, layers, seen, keys, limit, sampling):
     """Draw one token per row of logits (b, v), each with a key of its own -> carry."""
-    logits = jnp.where(jnp.arange(logits.shape[-1]) < limit, logits, -jnp.inf)  # (b, v)
     if seen is not None:
         logits = penalize(logits, seen, sampling.repetition_penalty)
+    finite = jnp.isfinite(logits).all(axis=-1)  # (b,)
+    logits = jnp.where(jnp.arange(logits.shape[-1]) < limit, logits, -jnp.inf)  # (b, v)
 
     def draw(key, row):
         key, now = jax.random.split(key)
@@ -215,85 +222,7 @@ def _draw(logits, layers, seen, keys, limit, sampling):
         token = sample(None, logits, sampling)  # (b,)
     else:
         token, keys = jax.vmap(draw)(keys, logits)  # (b,), (b,)
+    token = jnp.where(finite, token, NO_TOKEN)
     if seen is not None:
         seen = seen.at[jnp.arange(len(token)), token].set(True)
     return _Carry(token, layers, seen, keys)
-
-
-# --- the checks: everything that can be wrong is found before anything is compiled ----------------
-
-
-class _Job(NamedTuple):
-    """The arguments of a call: checked, and in the form that the compiled functions take."""
-
-    model: Mamba  # with the dtype that the backend computes in
-    params: Mapping  # in that dtype
-    ids: list[list[int]]  # of each prompt, b lists
-    state: TextState  # b rows, from which they are read
-    keys: jax.Array  # (b,) random keys
-    limit: int  # the model and the tokenizer have the token ids 0 … limit − 1
-    n: int  # tokens to draw
-    at_once: int  # tokens to draw before their text is looked at
-    eos: int  # the end token; −1, which no token is, for none
-    writers: list[TextWriter]  # one per row
-
-
-def _check(model, key, params, tokenizer, prompts, n, eos_token_id, stop, state):
-    """Check the arguments of ``generate`` and ``stream`` -> _Job."""
-    n, stop = _check_count(n), _check_stop(stop)
-    if eos_token_id is not None and not isinstance(eos_token_id, numbers.Integral):
-        raise TypeError(f"eos_token_id must be one token id, or None, got {eos_token_id!r}")
-    tokenizer, ids, state = encode_prompts(model, params, tokenizer, prompts, state)
-    model, params = upcast_on_cpu(model, params)
-    contexts = [[last] if last >= 0 else [] for last in state.last.tolist()]  # what ids follow
-    return _Job(
-        model=model,
-        params=params,
-        ids=ids,
-        state=state,
-        keys=_row_keys(key, len(ids)),
-        limit=min(model.config.vocab_size, max(tokenizer.get_vocab().values()) + 1),
-        n=n,
-        # Stop strings are searched for in the text, which is made outside the compiled loop.
-        at_once=STOP_CHECK_EVERY if stop else n,
-        eos=-1 if eos_token_id is None else eos_token_id,
-        writers=[
-            TextWriter(tokenizer, context + row, eos_token_id, stop)
-            for context, row in zip(contexts, ids, strict=True)
-        ],
-    )
-
-
-def _check_count(n):
-    """The number of tokens as an int."""
-    try:
-        n = operator.index(n)
-    except TypeError:
-        raise TypeError(f"n_tokens_to_gen must be an integer, got {n!r}") from None
-    if n < 1:
-        raise ValueError(f"n_tokens_to_gen must be at least 1, got {n}")
-    if n >= 2**31:
-        raise ValueError(f"n_tokens_to_gen must be below 2^31, got {n}")
-    return n
-
-
-def _check_stop(stop):
-    """The stop strings as a tuple."""
-    several = isinstance(stop, Iterable) and not isinstance(stop, str)
-    strings = tuple(stop) if several else () if stop is None else (stop,)
-    if not all(isinstance(s, str) and s for s in strings):
-        raise ValueError(f"stop must be a non-empty str or a list of such, got {stop!r}")
-    return strings
-
-
-def _row_keys(key, b):
-    """A key for each row (b,), in JAX's newer, typed form; PRNGKey still makes the older one."""
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jnp.uint32) and key.ndim == 1:
-        key = jax.random.wrap_key_data(key)
-    if (
-        not isinstance(key, jax.Array)
-        or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        or key.shape != ()
-    ):
-        raise TypeError(f"key must be one random key, such as jax.random.key(0), got {key!r}")
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(b))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mamba.checks import forms
 from mamba.model import Mamba
 from mamba.text.state import TextState
 
@@ -173,6 +174,9 @@ def _check_model(model, params):
     expected = [(model.config.padded_vocab_size, model.config.d_model)]
     if found != expected:
         raise ValueError(f"params are another model's: an embedding of {found}, not {expected}")
+    found = sum(name.startswith("layers_") for name in params)
+    if found != model.config.n_layer:
+        raise ValueError(f"params are another model's: {found} layers, not {model.config.n_layer}")
 
 
 def _with_rows(state, model, b):
@@ -181,8 +185,8 @@ def _with_rows(state, model, b):
         raise TypeError(f"state must be a TextState, as read_prompt returns it, got {type(state)}")
     rows = state.last.shape[0]
     expected = jax.eval_shape(lambda: TextState.empty(model, rows))
-    if jax.tree.map(np.shape, state) != jax.tree.map(np.shape, expected):
-        raise ValueError("the state belongs to a model of other sizes")
+    if forms(state) != forms(expected):
+        raise ValueError("the state belongs to a model of other sizes, or is not in float32")
     if rows == b:
         return state
     if rows != 1:

@@ -144,10 +144,15 @@ def penalize(
 
 # --- the ranges of the settings, and a Sampling as a pytree -------------------------------------
 
+TINY = float(jnp.finfo(jnp.float32).tiny)  # less is 0 to a processor
+
 _RANGES = {  # setting: (whether a value lies in its range, the range in words)
-    "temperature": (lambda v: 0 <= v < math.inf, "be a number from 0 (greedy) up"),
+    "temperature": (
+        lambda v: v == 0 or TINY <= v < math.inf,
+        f"be 0 (greedy) or a number from {TINY:.1e} up",
+    ),
     "top_k": (
-        lambda v: isinstance(v, numbers.Integral) and v >= 1,
+        lambda v: isinstance(v, numbers.Integral) and not isinstance(v, bool) and v >= 1,
         "be a whole number from 1 up, or None for all",
     ),
     "top_p": (lambda v: 0 < v <= 1, "lie in (0, 1], or be None for no limit"),

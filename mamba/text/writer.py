@@ -20,12 +20,12 @@ class TextWriter:
     Args:
         tokenizer: anything that decodes.
         context: the ids before the first token, on which its text may depend.
-        eos_token_id: the token that ends the text, which it is no part of. None: no such token.
+        ends: the tokens that end the text, which they are no part of.
         stop: the strings that end the text, which they are no part of.
     """
 
-    def __init__(self, tokenizer, context=(), eos_token_id=None, stop=()):
-        self.tokenizer, self.eos_token_id, self.stop = tokenizer, eos_token_id, tuple(stop)
+    def __init__(self, tokenizer, context=(), ends=(), stop=()):
+        self.tokenizer, self.ends, self.stop = tokenizer, frozenset(ends), tuple(stop)
         self.done = False
         self._held = ""  # text that may turn out to begin a stop string
         self._begin_window(list(context))
@@ -38,7 +38,7 @@ class TextWriter:
         """The text that is certain with this token -> str."""
         if self.done:
             return ""
-        if token == self.eos_token_id:
+        if token in self.ends:
             return self.close()
         self._window.append(token)
         text = self._decode(self._window)

@@ -12,7 +12,7 @@ from mamba.checkpoint.hub import EMBEDDED
 from mamba.mamba1 import MambaConfig
 from mamba.model import Mamba
 from mamba.text.generate import generate, stream
-from mamba.text.prompt import upcast_on_cpu
+from mamba.text.prompt import read_prompt, upcast_on_cpu
 from mamba.text.writer import TextWriter
 from mamba.train.corpus import train_tokenizer
 from tests.helpers.compilations import count_compilations
@@ -86,7 +86,7 @@ def generated_ids(monkeypatch, arguments, **changes):
             return super().write(token)
 
     with monkeypatch.context() as patch:
-        patch.setattr("mamba.text.generate.TextWriter", Spy)
+        patch.setattr("mamba.text.request.TextWriter", Spy)
         generate(**(arguments | changes))
     return [writer.ids for writer in writers]
 
@@ -283,15 +283,21 @@ def test_a_prompt_that_fills_its_padded_length(arguments, monkeypatch):
         ({"tokenizer": None}, TypeError, "tokenizer must be a tokenizer, .* got None"),
         ({"tokenizer": "gpt2"}, TypeError, "tokenizer must be a tokenizer, .* got 'gpt2'"),
         ({"params": {"embedding": jnp.ones((2, 3))}}, ValueError, "params are another model's"),
-        ({"eos_token_id": [1, 2]}, TypeError, r"eos_token_id must be one .* got \[1, 2\]"),
+        ({"eos_token_id": "<|endoftext|>"}, TypeError, "eos_token_id must be a token id, or sev"),
+        ({"eos_token_id": [1, 2.0]}, TypeError, "eos_token_id must be a token id, .* got 2.0"),
+        ({"eos_token_id": True}, TypeError, "eos_token_id must be a token id, .* got True"),
+        ({"eos_token_id": [1, -1]}, ValueError, "eos_token_id -1 is no token of this model"),
+        ({"eos_token_id": 10**6}, ValueError, "eos_token_id 1000000 is no token of this model"),
         ({"stop": 3}, ValueError, "stop must be a non-empty str or a list of such, got 3"),
-        ({"temperature": "1"}, ValueError, "temperature must be a number .* got '1'"),
+        ({"temperature": "1"}, ValueError, "temperature must be 0 .* or a number .* got '1'"),
         ({"top_p": "a"}, ValueError, "top_p must lie in .* got 'a'"),
         ({"params": None}, ValueError, "params must be this model's parameters"),
         ({"key": 42}, TypeError, r"such as jax.random.key\(0\), got 42"),
         ({"key": jax.random.split(KEY)}, TypeError, "one random key"),
         ({"temperature": -1}, ValueError, "temperature"),
         ({"top_k": 0}, ValueError, "top_k"),
+        ({"top_k": True}, ValueError, "top_k must be a whole number .* got True"),
+        ({"temperature": 1e-40}, ValueError, "temperature must be 0 .* got 1e-40"),
         ({"top_p": 0}, ValueError, "top_p"),
     ],
 )
@@ -301,6 +307,54 @@ def test_errors(arguments, change, error, message):
     if isinstance(change.get("prompt", ""), str):
         with pytest.raises(error, match=message):
             stream(**(arguments | {"prompt": "def"} | change))  # at the call, not at the first text
+
+
+def spoil(tree, path, value):
+    """The tree with one number of the leaf at the path replaced."""
+    change = lambda p, leaf: leaf.at[(0,) * leaf.ndim].set(value)  # noqa: E731
+    found = lambda p: jax.tree_util.keystr(p, simple=True, separator=".") == path  # noqa: E731
+    return jax.tree.map_with_path(lambda p, v: change(p, v) if found(p) else v, tree)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("path", ["layers_0.mixer.D", "norm_f.scale", "lm_head.kernel"])
+@pytest.mark.parametrize("function", [generate, lambda **kw: list(stream(**kw))])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_parameters_that_are_not_finite(arguments, function, temperature, path, value):
+    params = spoil(arguments["params"], path, value)
+    changes = {"params": params, "prompt": "def", "temperature": temperature}
+    with pytest.raises(ValueError, match=f"the parameters hold NaN or infinity: {path}"):
+        function(**(arguments | changes))
+
+
+@pytest.mark.parametrize("stop", [None, "never"])
+def test_logits_that_overflow_after_some_tokens(arguments, stop):
+    """A state that is finite and absurd: the text ends with an error, wherever it shows."""
+    model, params = arguments["model"], arguments["params"]
+    state = read_prompt(model, params=params, tokenizer=arguments["tokenizer"], prompt=["def", "x"])
+    layers = jax.tree.map(lambda leaf: leaf.at[1].set(3e38), state.layers)
+    changes = {"state": state._replace(layers=layers), "prompt": ["", ""], "stop": stop}
+    with pytest.raises(ValueError, match=r"logits are NaN or infinite.*largest number 3.0e\+38"):
+        generate(**(arguments | changes))
+    layers = jax.tree.map(lambda leaf: leaf.at[1].set(jnp.nan), state.layers)
+    changes["state"] = state._replace(layers=layers)
+    with pytest.raises(ValueError, match="the state holds NaN or infinity: layers.0.conv"):
+        generate(**(arguments | changes))
+
+
+def test_parameters_of_another_depth(arguments):
+    params = arguments["params"] | {"layers_2": arguments["params"]["layers_1"]}
+    with pytest.raises(ValueError, match="params are another model's: 3 layers, not 2"):
+        generate(**(arguments | {"params": params, "prompt": "def"}))
+
+
+def test_several_end_tokens(arguments, monkeypatch):
+    (ids,) = generated_ids(monkeypatch, arguments, prompt="def", temperature=0)
+    changes = {"prompt": "def", "temperature": 0}
+    first = min(ids.index(ids[5]), ids.index(ids[-1]))
+    expected = generate(**(arguments | changes | {"eos_token_id": ids[first]}))
+    for ends in ([ids[5], ids[-1]], (ids[-1], ids[5]), np.array([ids[5], ids[-1]])):
+        assert generate(**(arguments | changes | {"eos_token_id": ends})) == expected
 
 
 def test_stream_takes_one_prompt(arguments):

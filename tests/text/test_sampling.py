@@ -236,7 +236,7 @@ def test_what_changes_nothing_is_disabled():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"temperature": -0.1}, "temperature must be a number from 0 .greedy. up, got -0.1"),
+        ({"temperature": -0.1}, "temperature must be 0 .greedy. or a number from .* up, got -0.1"),
         ({"temperature": float("nan")}, "temperature .* got nan"),
         ({"temperature": float("inf")}, "temperature .* got inf"),
         ({"top_k": 0}, "top_k must be a whole number from 1 up, or None for all, got 0"),

@@ -145,7 +145,7 @@ def test_an_unfinished_character_counts_at_the_end(tokenizer):
 
 def test_the_end_token_gives_out_what_was_held():
     tokenizer = Strings(["a<", "b", ""])
-    texts, ended = write(tokenizer, [0, 2, 1], eos_token_id=2, stop=["<x"])
+    texts, ended = write(tokenizer, [0, 2, 1], ends=[2], stop=["<x"])
     assert texts == ["a", "<", "", ""] and ended  # and nothing after it
 
 
