@@ -89,6 +89,40 @@ def check_values_and_gradients(function, inputs):
         assert relative_error(grads[name], expected[name]) < 1e-4, name
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_reset_discards_what_is_not_finite(value):
+    """In h0, in a token, and in the gradient of an output: none gets past a reset."""
+    clean = as_float32(random_inputs(2, 12, 5, 3, reset=True))
+    clean["resets"] = np.arange(12)[None] == [[6], [6]]
+    dirty = {k: v.copy() for k, v in clean.items()}
+    dirty["h0"][0] = dirty["B"][1, 2] = value
+    dy = np.float32(np.random.default_rng(1).normal(size=clean["x"].shape))
+
+    @jax.jit
+    def run(p, resets, dy):
+        f = lambda p: pallas_scan(**p, resets=resets, interpret=True)  # noqa: E731
+        (y, h), pullback = jax.vjp(f, p)
+        return y, h, pullback((dy, jnp.zeros_like(h)))[0]
+
+    (y, h, grads), (y_other, h_other, grads_other) = (
+        run({k: v for k, v in p.items() if k != "resets"}, p["resets"], dy) for p in (clean, dirty)
+    )
+    assert not np.isfinite(y_other[:, :6]).all(axis=(1, 2)).any()
+    np.testing.assert_array_equal(y[:, 6:], y_other[:, 6:])
+    np.testing.assert_array_equal(h, h_other)
+    for name in ("x", "delta", "B", "C", "z"):
+        np.testing.assert_array_equal(grads[name][:, 6:], grads_other[name][:, 6:], name)
+
+    dy = dy.copy()
+    dy[:, 8] = value
+    p = {k: v for k, v in clean.items() if k != "resets"}
+    grads_other = run(p, clean["resets"], dy)[2]
+    assert not np.isfinite(grads_other["x"][:, 6:9]).all()
+    for name in ("x", "delta", "B", "C", "z"):
+        np.testing.assert_array_equal(grads[name][:, :6], grads_other[name][:, :6], name)
+    np.testing.assert_array_equal(grads["h0"], grads_other["h0"])
+
+
 def test_the_tiles_of_a_gpu_give_the_same(monkeypatch):
     """A grid without a time axis, and several tiles of channels whose dB and dC are added up."""
     narrow = GPU._replace(channels=64)  # fewer programs to interpret than with 32
