@@ -5,6 +5,7 @@ import dataclasses
 import os
 import sys
 import time
+import unicodedata
 
 import jax
 
@@ -139,17 +140,25 @@ def _run(args, sampling):
         stop=args.stop,
     )
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that the model writes
+    shown = _escape if sys.stdout.isatty() else str
     start = time.perf_counter()
-    print(prompt, end="", flush=True)
+    print(shown(prompt), end="", flush=True)
     times = []
     with defer_interrupt() as interrupts:
         for text in texts:
             if interrupts:
                 raise KeyboardInterrupt
-            print(text, end="", flush=True)
+            print(shown(text), end="", flush=True)
             times.append(time.perf_counter())
     print(flush=True)
     _report_speed(start, times)
+
+
+def _escape(text):
+    """The text with its control characters visible: raw, they would command the terminal."""
+    return "".join(
+        repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text
+    )
 
 
 def _report_speed(start, times):

@@ -92,6 +92,14 @@ def test_defaults_are_those_of_generate(run, captured):
     assert captured.settings["eos_token_id"] == 0  # <|endoftext|>
 
 
+def test_control_characters_do_not_reach_a_terminal(run, captured, monkeypatch):
+    """Written to a terminal they are shown, not obeyed; a file or a pipe gets them as they are."""
+    captured.texts = ("\x1b[31mred\n", "\ttab\x07\x9b")
+    assert run("a\x08")[1] == "a\x08\x1b[31mred\n\ttab\x07\x9b\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run("a\x08")[1] == "a\\x08\\x1b[31mred\n\ttab\\x07\\x9b\n"
+
+
 def test_settings_arrive(run, captured):
     run("日本", *"--temperature 0.5 --top-k 7 --top-p 0.8 --n-tokens 9 --seed 3".split())
     found = captured.settings

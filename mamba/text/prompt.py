@@ -15,6 +15,7 @@ import numpy as np
 from mamba.checks import forms
 from mamba.model import Mamba
 from mamba.text.state import TextState
+from mamba.text.tokens import encode, plain_tokenizer
 
 __all__ = [
     "encode_prompts",
@@ -137,7 +138,7 @@ def encode_prompts(model, params, tokenizer, prompts, state):
         state: must be None or a TextState of this model, with one row or one per prompt.
 
     Returns:
-        tokenizer: in its plain form, a ``tokenizers.Tokenizer`` where there is one.
+        tokenizer: in its plain form (``plain_tokenizer``).
         ids: for each prompt the list of token ids to read.
         state: the TextState of b rows to read them from; the empty one if there was None.
 
@@ -145,17 +146,13 @@ def encode_prompts(model, params, tokenizer, prompts, state):
         ValueError, TypeError: what does not fit, in words.
     """
     _check_model(model, params)
-    # transformers wraps a tokenizers.Tokenizer, and may tidy up spaces when it decodes. A stream
-    # cannot take back a space that it has shown, so both kinds are used in the plain form.
-    tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    if not all(hasattr(tokenizer, name) for name in ("encode", "decode", "get_vocab")):
-        raise TypeError(
-            f"tokenizer must be a tokenizer, as load_tokenizer returns it, got {tokenizer!r:.80}"
-        )
+    tokenizer = plain_tokenizer(tokenizer)
     if not isinstance(prompts, list | tuple) or not prompts:
         raise ValueError(f"prompt must be a str or a non-empty list of str, got {prompts!r}")
     begins = state is None
-    ids = [_encode(tokenizer, prompt, model.config.vocab_size, begins) for prompt in prompts]
+    ids = [encode(tokenizer, prompt, begins) for prompt in prompts]
+    for prompt, row in zip(prompts, ids, strict=True):
+        _check_ids(row, prompt, model.config.vocab_size, begins)
     if begins:
         return tokenizer, ids, TextState.empty(model, len(ids))
     return tokenizer, ids, _with_rows(state, model, len(ids))
@@ -194,14 +191,8 @@ def _with_rows(state, model, b):
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, b, axis=0), state)
 
 
-def _encode(tokenizer, prompt, vocab_size, begins):
-    """The prompt's token ids, checked against the model's vocabulary."""
-    if not isinstance(prompt, str):
-        raise TypeError(f"a prompt must be a str, got {type(prompt).__name__}")
-    prompt.encode()  # raises for what is not text (bytes of another encoding), and says where
-    # The special tokens that a tokenizer adds belong where a text begins.
-    ids = tokenizer.encode(prompt) if begins else tokenizer.encode(prompt, add_special_tokens=False)
-    ids = getattr(ids, "ids", ids)  # tokenizers' Encoding, or the list itself
+def _check_ids(ids, prompt, vocab_size, begins):
+    """Raise ValueError for a text without tokens, or with tokens that the model does not have."""
     if not ids and begins:
         raise ValueError(f"the prompt {prompt!r} has no tokens: give at least one to start from")
     if ids and (min(ids) < 0 or max(ids) >= vocab_size):
@@ -209,4 +200,3 @@ def _encode(tokenizer, prompt, vocab_size, begins):
             f"the tokenizer gave token ids up to {max(ids)}, but the model's vocabulary is "
             f"0 … {vocab_size - 1}: use the tokenizer that the model was trained with"
         )
-    return ids

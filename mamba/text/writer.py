@@ -1,5 +1,7 @@
 """From tokens to text as they come: whole characters only, and nothing from a stop string on."""
 
+from mamba.text.tokens import decode
+
 __all__ = ["TextWriter"]
 
 
@@ -58,7 +60,7 @@ class TextWriter:
         return text
 
     def _decode(self, ids):
-        return self.tokenizer.decode(ids, skip_special_tokens=False)
+        return decode(self.tokenizer, ids)
 
     def _begin_window(self, ids):
         """Decode from these ids on, whose own text was shown."""

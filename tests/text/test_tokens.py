@@ -1,0 +1,82 @@
+"""A tokenizer's padding and truncation never change a prompt; what it cannot do is an error."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer
+
+from mamba.text.tokens import decode, encode, plain_tokenizer
+
+TEXT = "def main():\n    return 1"
+
+
+def spoiled(tokenizer, **changes):
+    """Another tokenizer, as a stranger's file would give it."""
+    return Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | changes))
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+@pytest.mark.parametrize(
+    "pad", [None, {"length": 64}, {"length": 10**9}, {"pad_to_multiple_of": 8}]
+)
+def test_padding_and_truncation_are_left_out(tokenizer, pad, truncate):
+    other = Tokenizer.from_str(tokenizer.to_str())
+    if pad:
+        other.enable_padding(**pad)
+    if truncate:
+        other.enable_truncation(2)
+    kept = other.padding, other.truncation
+    assert encode(plain_tokenizer(other), TEXT, True) == tokenizer.encode(TEXT).ids
+    assert (other.padding, other.truncation) == kept  # the caller's is as it was
+
+
+def test_a_tokenizer_without_either_is_used_as_it_is(tokenizer):
+    assert plain_tokenizer(tokenizer) is tokenizer
+
+
+def test_generate_reads_the_whole_prompt(tokenizer, pair, go_on, read):
+    other = Tokenizer.from_str(tokenizer.to_str())
+    other.enable_truncation(2)
+    other.enable_padding(length=30)
+    assert go_on(TEXT, tokenizer=other) == go_on(TEXT, tokenizer=tokenizer)
+
+
+def test_a_slow_tokenizer_without_those_settings():
+    class Slow:
+        def encode(self, text, add_special_tokens=True):
+            return [7] * add_special_tokens + [ord(c) for c in text]
+
+        def decode(self, ids, skip_special_tokens):
+            return "".join(map(chr, ids))
+
+        def get_vocab(self):
+            return {}
+
+    slow = plain_tokenizer(Slow())
+    assert encode(slow, "ab", True) == [7, 97, 98] and encode(slow, "ab", False) == [97, 98]
+    assert decode(slow, [97, 98]) == "ab"
+
+
+def test_a_panic_is_an_error_of_one_line(tokenizer, capfd):
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    hostile = spoiled(tokenizer, pre_tokenizer=split | {"pattern": {"Regex": "(a+)+$"}})
+    with pytest.raises(ValueError, match="^the tokenizer cannot encode this: .*Regex search error"):
+        encode(hostile, "a" * 40 + "b", True)
+
+
+def test_interrupts_pass():
+    class Stopped:
+        def encode(self, text):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode(Stopped(), "a", True)
+
+
+def test_an_error_of_the_tokenizer_names_it():
+    class Broken:
+        def decode(self, ids, skip_special_tokens):
+            raise RuntimeError("no such token")
+
+    with pytest.raises(ValueError, match="^the tokenizer cannot decode this: no such token"):
+        decode(Broken(), [1])
