@@ -53,7 +53,7 @@ class Mamba(nn.Module):
     Raises:
         ValueError: tokens that are not integers of that shape or lie outside the vocabulary; a
             state, lengths or resets that do not fit them. Under ``jit`` values are not known in
-            time: an id or a length that is too large gives NaN.
+            time: an id outside the vocabulary or a length that is too large gives NaN.
         TypeError: what is no array, or resets that are not bool.
     """
 
@@ -91,6 +91,7 @@ class Mamba(nn.Module):
         check_state(state, self.initial_state, tokens.shape[0])
         check_lengths(lengths, tokens.shape)
         check_resets(resets, tokens.shape)
+        tokens = jnp.where(tokens < 0, self.config.padded_vocab_size, tokens)  # NaN, no wrapping
         x = self.embedding(tokens).astype(jnp.float32)  # (b, l, d_model)
         next_state = []
         for layer, layer_state in zip(self.layers, state or [None] * len(self.layers), strict=True):

@@ -259,10 +259,11 @@ def test_bad_tokens(tokens, message, as_array):
         model.apply({"params": params}, as_array(tokens), model.initial_state(len(tokens)))
 
 
-def test_id_too_large_under_jit_gives_nan():
+@pytest.mark.parametrize("wrong", [24, 2**31 - 1, -1, -24, -25])
+def test_id_outside_the_vocabulary_under_jit_gives_nan(wrong):
     _, params = make(SMALL)
     tokens = random_tokens(SMALL, 2, 9)
-    tokens[0, 4] = 24
+    tokens[0, 4] = wrong
     logits = np.asarray(compiled(SMALL)(params, tokens))
     assert np.isfinite(logits[0, :4]).all() and np.isnan(logits[0, 4:]).all()
     assert np.isfinite(logits[1]).all()  # another row has no part in it

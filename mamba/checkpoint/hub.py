@@ -50,7 +50,7 @@ def find_source(name, revision, cache_dir):
     first of these files that exists.
 
     Raises:
-        ValueError: the name is empty.
+        ValueError: the name is empty, or a revision is given for a folder.
         FileNotFoundError: the name is neither a folder nor what a repository can be called.
         NotADirectoryError: the name is that of a file.
     """
@@ -58,6 +58,8 @@ def find_source(name, revision, cache_dir):
         raise ValueError("the name is empty: give a folder or a repository of the hub")
     path = Path(name).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise ValueError(f"{path} is a folder here: it has no revision {revision!r}")
         return _Folder(path)
     if path.exists():
         raise NotADirectoryError(f"{path} is a file: give the folder that holds it")

@@ -72,9 +72,9 @@ def sample(key: Array, logits: Float[Array, "*b v"], sampling: Sampling):
 
     # Only differences count. Below the largest logit, a tiny temperature cannot overflow.
     logits = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature  # (..., v)
-    ids = None
-    if sampling.top_k is not None or sampling.top_p is not None:
-        k = logits.shape[-1] if sampling.top_k is None else sampling.top_k
+    ids, vocab_size = None, logits.shape[-1]
+    k = min(sampling.top_k or vocab_size, vocab_size)
+    if k < vocab_size or sampling.top_p is not None:
         logits, ids = keep_top_k(logits, k)  # (..., k)
     if sampling.top_p is not None:
         logits = keep_top_p(logits, sampling.top_p)  # (..., k)

@@ -1,5 +1,8 @@
 """Text for a language model: files -> tokens -> the batches that a training loop asks for."""
 
+import collections
+import os
+import warnings
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,31 +20,60 @@ END = "<|endoftext|>"  # between texts, and before the first token of each
 def read_texts(paths):
     """Read UTF-8 files, and all those in folders -> {path: text}, sorted by path.
 
-    In a folder, hidden files and files that are not UTF-8 are skipped.
+    In a folder, hidden files and files that are not UTF-8 are skipped. So are links, which may lead
+    out of it, what is no regular file, and what cannot be read; a warning says how many.
 
     Raises:
         FileNotFoundError: a path that does not exist.
-        ValueError: a file named in ``paths`` is not UTF-8 text, or there is no text at all.
+        ValueError: what ``paths`` names is neither a folder nor a file of UTF-8 text, or there is
+            no text at all.
     """
     texts = {}
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist")
-        inside = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
-        for file in inside:
-            if any(part.startswith(".") for part in file.relative_to(path).parts):
-                continue
+        if path.is_file():
             try:
-                text = file.read_text(encoding="utf-8")
+                texts[path.as_posix()] = path.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
-                if file == path:
-                    raise ValueError(f"{file} is not UTF-8 text ({error})") from error
-                continue
-            if text:
-                texts[file.as_posix()] = text
+                raise ValueError(f"{path} is not UTF-8 text ({error})") from error
+        elif path.is_dir():
+            texts |= _read_folder(path)
+        else:
+            raise ValueError(f"{path} is neither a file nor a folder")
+    texts = {path: text for path, text in texts.items() if text}
     if not texts:
         raise ValueError(f"no UTF-8 text in {', '.join(map(str, paths))}")
     return dict(sorted(texts.items()))
+
+
+def _read_folder(folder):
+    """The texts of the regular files in a folder, and in folders in it -> {path: text}."""
+    texts, left_out = {}, collections.Counter()
+    unreadable = lambda error: left_out.update(["unreadable"])  # noqa: E731
+    for parent, folders, names in os.walk(folder, onerror=unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in [*folders, *names]:
+            file = Path(parent, name)
+            if name.startswith("."):
+                continue
+            elif file.is_symlink():
+                left_out["links"] += 1
+            elif name in folders:
+                continue
+            elif not file.is_file():
+                left_out["not regular"] += 1
+            else:
+                try:
+                    texts[file.as_posix()] = file.read_text(encoding="utf-8")
+                except UnicodeDecodeError:
+                    continue
+                except OSError:
+                    left_out["unreadable"] += 1
+    if left_out:
+        counts = ", ".join(f"{n} {kind}" for kind, n in sorted(left_out.items()))
+        warnings.warn(f"{folder}: left out {counts}", stacklevel=3)
+    return texts
 
 
 def train_tokenizer(texts, vocab_size):

@@ -299,3 +299,9 @@ def test_peak_memory(tmp_path, form):
     print(result)
     assert result["megabytes"] > 190
     assert 0.9 < result["ratio"] < 2.3
+
+
+def test_a_folder_has_no_revisions(tmp_path):
+    folder = write_folder(tmp_path / "model", TINY)
+    with pytest.raises(ValueError, match="is a folder here: it has no revision 'main'"):
+        Mamba.from_pretrained(folder, revision="main")

@@ -42,6 +42,14 @@ def test_temperature_divides_the_logits():
         assert_drawn_as(LOGITS, np.exp(LOGITS) ** (1 / temperature), temperature=temperature)
 
 
+@pytest.mark.parametrize("settings", [{}, {"min_p": 0.2}, {"top_p": 0.9}])
+def test_top_k_of_the_whole_vocabulary_is_none(settings):
+    """Not only the same odds: the same token for the same key."""
+    keys = jax.random.split(jax.random.key(0), 50)
+    draw = lambda **kw: [int(sample(k, LOGITS, Sampling(**settings, **kw))) for k in keys]  # noqa: E731
+    assert draw(top_k=len(LOGITS)) == draw(top_k=10**6) == draw(top_k=None)
+
+
 def test_top_k_keeps_the_k_likeliest():
     assert_drawn_as(LOGITS, [0, 0.4, 0, 0.2, 0, 0.3], top_k=3)
     assert_drawn_as(LOGITS, np.exp(LOGITS), top_k=1000)  # more than there are: no limit

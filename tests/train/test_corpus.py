@@ -1,5 +1,7 @@
 """Text as data: files, tokens, batches, bits per byte."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -27,6 +29,33 @@ def test_read_texts(tmp_path):
         corpus.read_texts([tmp_path / "a" / "image.png"])
     with pytest.raises(ValueError, match="no UTF-8 text in"):
         corpus.read_texts([tmp_path / "a" / "empty.md"])
+
+
+def test_a_folder_gives_its_own_regular_files_only(tmp_path):
+    """A link may lead out of the folder, and a named pipe waits for ever."""
+    outside, folder = tmp_path / "outside", tmp_path / "folder"
+    (outside / "in").mkdir(parents=True)
+    (folder / "in").mkdir(parents=True)
+    (outside / "secret.txt").write_text("secret")
+    (folder / "in" / "a.txt").write_text("a")
+    (folder / "file").symlink_to(outside / "secret.txt")
+    (folder / "to").symlink_to(outside)
+    (folder / "in" / "loop").symlink_to(folder)
+    os.mkfifo(folder / "pipe")
+    with pytest.warns(UserWarning, match="left out 3 links, 1 not regular"):
+        assert list(corpus.read_texts([folder]).values()) == ["a"]
+    with pytest.raises(ValueError, match="pipe is neither a file nor a folder"):
+        corpus.read_texts([folder / "pipe"])
+    assert list(corpus.read_texts([folder / "file"]).values()) == ["secret"]  # named by the user
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_what_cannot_be_read_is_counted(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").write_text("b")
+    (tmp_path / "b.txt").chmod(0)
+    with pytest.warns(UserWarning, match="left out 1 unreadable"):
+        assert list(corpus.read_texts([tmp_path]).values()) == ["a"]
 
 
 def test_tokenizer_gives_back_every_text():
