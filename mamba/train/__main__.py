@@ -22,7 +22,7 @@ LANGUAGE_MODEL = "language-model"
 HELD_OUT_PART = 20  # of each text, the last 1/20 is held out
 EXAMPLES = """\
 examples:
-  %(prog)s selective-copying                                   minutes on a laptop
+  %(prog)s selective-copying                                   a quarter of an hour, two cores
   %(prog)s selective-copying --selective none                  the same block, time-invariant
   %(prog)s induction-heads --lengths 1024,16384,1048576        evaluated at longer lengths, too
   %(prog)s induction-heads --preset paper --out runs/induction --results induction.json
