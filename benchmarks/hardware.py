@@ -1,18 +1,23 @@
-"""What the machine can do, and what three choices inside the selective scan are worth on it.
+"""One layer of the 130m model: what the machine can do, and how long each way to scan takes.
 
-    python benchmarks/hardware.py            # one layer of the 130m model, about two minutes
+    python benchmarks/hardware.py            # about four minutes
     python benchmarks/hardware.py --quick    # a small shape, to see that it runs
 
-Ceilings: bytes read per second (a matrix times a vector, 512 MiB), and exponentials per second
-(those of the layer, contracted at once and never stored). Layout: the recurrence through one
-`lax.scan`, forward, with the state as (b, d, n) or (b, n, d) and the sum over n as an `einsum` or
-as `.sum()`. Chunk: "sequential" and "chunked" with chunks of other lengths than their own, forward
-and backward, time and memory. Writes benchmarks/results/hardware.json, and the same to
-mamba_book/data for the chapter on hardware; after a new measurement run that chapter again:
-make chapter N=9.
+Ceilings: bytes read per second (a matrix times a vector, 512 MiB), exponentials per second (those
+of the layer, contracted at once and never stored), and seconds per step of a loop that has next to
+nothing to do (256 numbers). Methods: those of selective_scan, a plain `lax.scan` that
+JAX differentiates, the three-phase scan, and where PyTorch and transformers are installed the loop
+of the latter. Layout: the recurrence through one `lax.scan`, forward, with the state as (b, d, n)
+or (b, n, d) and the sum over n as an `einsum` or as `.sum()`. Chunk: "sequential" and "chunked"
+with chunks of other lengths than their own, forward and backward, time and memory.
+
+All points take turns, in one process: their ratios are worth more than their times. Writes
+benchmarks/results/hardware.json, and the same to mamba_book/data for chapters 4 and 9; after a new
+measurement run these again: make chapter N=4, make chapter N=9.
 """
 
 import argparse
+import importlib.util
 import time
 from functools import partial
 from pathlib import Path
@@ -21,12 +26,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _report import head, load_average, write
+from scan import plain, prepare_torch
 
 from mamba import selective_scan
+from mamba.scan import combine
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITTEN = [ROOT / path for path in ("benchmarks/results", "mamba_book/data")]
 LAYER, QUICK = (1, 2048, 1536, 16), (1, 128, 64, 16)  # (b, l, d, n)
+STEPS, NUMBERS = 2**14, 256  # of the loop that has next to nothing to do, and its state
+SUMMARIZED = 64  # tokens in a chunk of the three-phase scan
 SECONDS, ROUNDS = 0.4, 3  # repeat a point for about so long, 2 to 10 times, in every round
 
 
@@ -50,6 +59,49 @@ def loop(x, delta, A, B, C, D, *, channels_last, contraction):
         step, jnp.zeros((b, *A.shape)), tuple(v.swapaxes(0, 1) for v in (x, delta, B, C))
     )
     return y.swapaxes(0, 1) + D * x  # (b, l, d)
+
+
+def three_phases(x, delta, A, B, C, D, *, keep, T=SUMMARIZED):
+    """Every chunk of T tokens at once; a scan of their summaries; every chunk from its first state.
+
+    keep: the third phase applies the prefixes that the first one wrote down, two (b, l, n, d)
+    arrays. Otherwise the first phase keeps only its last prefixes, and the third runs the chunks
+    once more.
+    """
+    (b, l, d), A = x.shape, A.T
+
+    def by_step(v):  # (b, l, ...) -> (T, b, l / T, ...)
+        return jnp.moveaxis(v.reshape(b, l // T, T, -1), 2, 0)
+
+    def terms(inputs):
+        x_t, delta_t, B_t, _ = inputs
+        return jnp.exp(delta_t[..., None, :] * A), B_t[..., None] * (delta_t * x_t)[..., None, :]
+
+    def compose(prefix, inputs):
+        prefix = combine(prefix, terms(inputs))
+        return prefix, prefix if keep else None
+
+    def step(h, inputs):
+        a, u = terms(inputs)
+        h = a * h + u  # (b, l / T, n, d)
+        return h, jnp.einsum("bknd,bkn->bkd", h, inputs[-1])
+
+    inputs = tuple(by_step(v) for v in (x, delta, B, C))
+    nothing = jnp.zeros((b, l // T, *A.shape))
+    summaries, prefixes = jax.lax.scan(compose, (nothing + 1, nothing), inputs)
+    ends = jax.lax.associative_scan(combine, summaries, axis=1)[1]  # (b, l / T, n, d)
+    starts = jnp.concatenate([nothing[:, :1], ends[:, :-1]], axis=1)
+    if keep:
+        y = jnp.einsum("tbknd,tbkn->tbkd", prefixes[0] * starts + prefixes[1], inputs[-1])
+    else:
+        _, y = jax.lax.scan(step, starts, inputs)
+    return jnp.moveaxis(y, 0, 2).reshape(b, l, d) + D * x
+
+
+def tiny_loop(a, b):
+    """h = a_t h + b_t for NUMBERS numbers h and one a_t, b_t a step: (STEPS,), (STEPS,) -> h."""
+    h = jnp.zeros(NUMBERS)  # with fewer, XLA makes one function of the whole loop
+    return jax.lax.scan(lambda h, step: (step[0] * h + step[1], None), h, (a, b))[0]
 
 
 def random_inputs(b, l, d, n):
@@ -94,13 +146,16 @@ def points(inputs, quick):
     yield {"of": "memory read"}, jnp.matmul, (jnp.ones((side, side)), jnp.ones(side))
     _, delta, A, _, C, _ = inputs
     yield {"of": "exponentials"}, exponentials, (delta, A.T.copy(), C)
-    for method in ("sequential", "chunked", "associative"):
+    yield {"of": "steps"}, tiny_loop, (jnp.full(STEPS, 0.5), jnp.ones(STEPS))
+    methods = {m: partial(selective_scan, method=m) for m in ("sequential", "chunked")}
+    methods |= {"associative": partial(selective_scan, method="associative"), "lax.scan": plain}
+    for method, run in methods.items():
         what = {"choice": "method", "method": method}
-
-        def run(*v, method=method):
-            return selective_scan(*v, method=method)
-
         yield what | {"pass": "forward"}, run, inputs
+        yield what | {"pass": "forward+backward"}, with_gradients(run), inputs
+    for keep in (True, False):
+        what = {"choice": "method", "method": "three phases", "keep": keep, "pass": "forward"}
+        yield what, partial(three_phases, keep=keep), inputs
     for channels_last in (False, True):
         for contraction in ("einsum", "sum"):
             options = {"channels_last": channels_last, "contraction": contraction}
@@ -115,6 +170,25 @@ def points(inputs, quick):
             yield what, with_gradients(run), inputs
 
 
+def cache_sizes():
+    """Of the first core, as Linux names them: {"L1 Data": "32K", ...}."""
+    sizes = {}
+    for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = (
+            (cache / name).read_text().strip() for name in ("level", "type", "size")
+        )
+        sizes[f"L{level}" + f" {kind}" * (kind != "Unified")] = size
+    return sizes
+
+
+def agree(inputs):
+    """Assert that the ways which only this file knows compute what the module computes."""
+    wanted = selective_scan(*inputs)
+    for keep in (True, False):
+        error = jnp.abs(jax.jit(partial(three_phases, keep=keep))(*inputs) - wanted).max()
+        assert error < 1e-4 * jnp.abs(wanted).max(), error
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small shape, writes nothing")
@@ -125,6 +199,11 @@ def main():
     prepared = []
     for what, function, given in points(inputs, args.quick):
         prepared.append((what, *prepare(function, given), []))
+    if all(importlib.util.find_spec(package) for package in ("torch", "transformers")):
+        what = {"choice": "method", "method": "transformers", "pass": "forward"}
+        run, _ = prepare_torch("forward", [np.array(v) for v in inputs])
+        prepared.append((what, run, {}, []))
+    agree(inputs)
     for _ in range(ROUNDS):  # a machine's speed drifts: points far apart are compared, too
         for _, run, _, times in prepared:
             times += seconds(run)
@@ -136,11 +215,13 @@ def main():
             row["bytes_per_s"] = round(4 * (11585**2) / min(times))
         if what.get("of") == "exponentials":
             row["exp_per_s"] = round(inputs[1].size * LAYER[3] / min(times))
+        if what.get("of") == "steps":
+            row["seconds_per_step"] = float(f"{min(times) / STEPS:.2e}")
         results.append(row)
         print(row, flush=True)
     if args.quick:
         return
-    report = head(args.note, load) | dict(zip("bldn", LAYER))
+    report = head(args.note, load) | {"caches": cache_sizes()} | dict(zip("bldn", LAYER))
     for folder in WRITTEN:
         write(folder / "hardware.json", report, results)
 
