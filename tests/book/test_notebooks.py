@@ -112,7 +112,7 @@ def test_a_notebook_for_reference_has_its_parts(name):
     for heading in ("Exercises", "Further reading"):
         assert re.search(rf"^## {heading}$", text, flags=re.MULTILINE), heading
     # What stands at its top was made by a cell further down.
-    shown = set(re.findall(r"^```\{glue(?::md)?\} (\S+)$", text, flags=re.MULTILINE))
+    shown = set(re.findall(r"^```\{glue(?::md|:figure)?\} (\S+)$", text, flags=re.MULTILINE))
     outputs = [output for cell in code_cells(path) for output in cell.outputs]
     made = [output.metadata["scrapbook"]["name"] for output in outputs if output.get("metadata")]
     assert shown and sorted(made) == sorted(shown)
@@ -129,17 +129,42 @@ def glued_table(name):
     return table
 
 
+KINDS = {"differs", "paper silent", "same, misread", "ports err"}
+
+
 def test_the_ledger_has_one_form_and_one_line_for_each_entry():
     notebook = read(ROOT / "book" / "paper_vs_code.ipynb")
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    kinds = {}
     entries = [re.match(r"\(ledger-([a-z-]+)\)=\n### .+\n\n", source) for source in cells]
     labels = [entry[1] for entry in entries if entry]
     for entry, source in zip(entries, cells, strict=True):
         if entry:
             parts = re.findall(r"^\*\*(\w+)\.?\*\*", source, flags=re.MULTILINE)
-            assert parts == ["Paper", "Code", "Why", "Asked", "Number"], source
-    listed = re.findall(r"\(ledger-([a-z-]+)\)", glued_table("paper_vs_code"))
-    assert listed == labels and len(labels) >= 16
+            assert parts == ["Kind", "Paper", "Code", "Why", "Asked", "Number"], source
+            kinds[entry[1]] = re.search(r"^\*\*Kind\.\*\* (.+)\.$", source, re.MULTILINE)[1].lower()
+    rows = re.findall(
+        r"\(ledger-([a-z-]+)\) \| ([^|]+) \| ([^|]+) \|", glued_table("paper_vs_code")
+    )
+    assert sorted(label for label, _, _ in rows) == sorted(labels) and len(labels) >= 17
+    assert {label: kind for label, kind, _ in rows} == kinds and set(kinds.values()) == KINDS
+    prices = [float(price.strip("<– ") or 0) for _, _, price in rows]
+    assert prices == sorted(prices, reverse=True) and sum(p > 0 for p in prices) >= 8
+
+
+def test_the_ledger_links_to_code_that_does_not_change():
+    """To a commit, or to a release of transformers."""
+    links = re.findall(
+        r"https://github\.com/[^)\s]+/blob/([^/]+)/", prose(ROOT / "book" / "paper_vs_code.ipynb")
+    )
+    assert len(links) >= 30
+    assert [link for link in links if not re.fullmatch(r"[0-9a-f]{40}|v\d+\.\d+\.\d+", link)] == []
+
+
+def test_the_ledger_prints_words_and_no_markup():
+    for cell in code_cells(ROOT / "book" / "paper_vs_code.ipynb"):
+        for output in cell.outputs:
+            assert not re.search(r"[`$\\]", output.get("text", "")), output.text
 
 
 def test_every_link_of_the_chain_names_a_test_that_exists():
