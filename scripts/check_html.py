@@ -7,9 +7,6 @@ style, image or font comes from another host; no markup is left over as text; ev
 it shows. (Links to other sites are fine, and are not followed.) And every page of _toc.yml has what
 stands around it: a title of its own, a description, a preview, its neighbours, and the buttons to
 Colab, the source, the repository and its issues, at the addresses that _config.yml chooses.
-
-A warning, not a fault: a chapter of SECOND_EDITION that shows more than MOST_TRUE lines of output
-that end in True. What a reader wants to know is a number there.
 """
 
 import re
@@ -41,17 +38,6 @@ LEFTOVERS = {
 }
 NAMELESS_FOLD = "Show code cell"  # MyST-NB's text of a bar; ours say what they hold
 
-# The chapters that have their main line in view and the rest in folds.
-SECOND_EDITION = {
-    "book/01_continuous_ssm",
-    "book/02_discretization",
-    "book/03_selective_scan",
-    "book/05_mamba_block",
-    "book/06_pretrained",
-    "book/07_generation",
-}
-MOST_TRUE = 3
-
 CSS_URL = re.compile(r"""url\(\s*['"]?([^'")]+)|@import\s+['"]([^'"]+)""")
 
 
@@ -63,7 +49,6 @@ class Page(HTMLParser):
         self.ids, self.links, self.loads, self.prose, self.faults = set(), [], [], [], []
         self.meta, self.relations, self.title = {}, {}, ""
         self.open, self.verbatim = [], 0
-        self.printed = []  # what code printed, where it is in view
         self.feed(path.read_text(encoding="utf-8"))
         self.close()
 
@@ -87,26 +72,21 @@ class Page(HTMLParser):
         if tag not in VOID:
             classes = attributes.get("class", "").split()
             verbatim = tag in VERBATIM or "math" in classes
-            printed = "output" in classes and not {"stream", "text_plain"}.isdisjoint(classes)
-            kind = "fold" if tag == "details" else "printed" if printed else None
-            self.open.append((tag, verbatim, kind))
+            self.open.append((tag, verbatim))
             self.verbatim += verbatim
 
     def handle_endtag(self, tag):
         if any(tag == opened[0] for opened in self.open):  # close what was left open inside, too
             while True:
-                opened, verbatim, _ = self.open.pop()
+                opened, verbatim = self.open.pop()
                 self.verbatim -= verbatim
                 if opened == tag:
                     break
 
     def handle_data(self, data):
-        around = [tag for tag, _, _ in self.open]
+        around = [tag for tag, _ in self.open]
         if around and around[-1] == "title" and "svg" not in around:
             self.title += data
-        kinds = {kind for _, _, kind in self.open}
-        if "printed" in kinds and "fold" not in kinds:
-            self.printed.append(data)
         if not self.verbatim:
             self.prose.append(data)
         elif around and around[-1] == "style":
@@ -181,15 +161,8 @@ def check_shell(names, name, page, config):
             yield f"{relation} is {page.relations.get(relation)}, not {wanted}"
 
 
-def warn_of_true(name, page):
-    lines = "".join(page.printed).splitlines()
-    count = sum(line.rstrip().endswith("True") for line in lines)
-    if name in SECOND_EDITION and count > MOST_TRUE:
-        yield f"{name}.html: {count} lines of output in view end in True; {MOST_TRUE} may"
-
-
 def check(folder):
-    """All faults and all warnings, as lines of text; and the number of pages."""
+    """All faults, as lines of text; and the number of pages."""
     folder = folder.resolve()
     pages = {
         path: Page(path) for path in sorted(folder.rglob("*.html")) if "_static" not in path.parts
@@ -197,13 +170,12 @@ def check(folder):
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
     config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
     names = list(toc_files(toc))
-    faults, warnings, titles = [], [], {}
+    faults, titles = [], {}
     for name in names:
         if not (page := pages.get(folder / f"{name}.html")):
             faults.append(f"_toc.yml: no page {name}.html")
             continue
         faults += [f"{name}.html: {fault}" for fault in check_shell(names, name, page, config)]
-        warnings += warn_of_true(name, page)
         if (other := titles.setdefault(page.title.strip(), name)) != name:
             faults.append(f"{name}.html: its title, {page.title!r}, is also that of {other}.html")
     if not (folder / "_static" / "social.png").is_file():
@@ -223,13 +195,13 @@ def check(folder):
         for url in {u for match in CSS_URL.findall(text) for u in match}:
             if is_external(url):
                 faults.append(f"{path.relative_to(folder)}: loaded from another host: {url}")
-    return faults, warnings, len(pages)
+    return faults, len(pages)
 
 
 def main():
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "_build" / "html"
-    faults, warnings, count = check(folder)
-    for line in [*faults, *(f"warning: {warning}" for warning in warnings)]:
+    faults, count = check(folder)
+    for line in faults:
         print(line, file=sys.stderr)
     print(f"{count} pages checked, {len(faults)} faults")
     return int(bool(faults) or not count)

@@ -11,8 +11,10 @@ __all__ = ["make_optimizer", "weight_decay_mask"]
 def weight_decay_mask(params):
     """True for the parameters that decay: matrices, convolutions and the embedding.
 
-    A_log, D, biases and norms do not decay, as in the released code. Neither do the constant B, C
-    and Δ of an ablated block.
+    A_log and D do not decay: the released code marks them so. Biases do not either, as in its
+    authors' ``param_grouping.py`` (flash-attention). That norms do not decay and the embedding does
+    is our choice: that function would decay Mamba's RMSNorm, and leaves the embedding out. The
+    constant B, C and Δ of an ablated block do not decay.
     -> the same tree, of bools
     """
     return jax.tree.map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
