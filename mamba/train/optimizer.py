@@ -11,8 +11,8 @@ __all__ = ["make_optimizer", "weight_decay_mask"]
 def weight_decay_mask(params):
     """True for the parameters that decay: matrices, convolutions and the embedding.
 
-    A_log, D, biases and norms do not decay, as in the released code. Neither do the constant B, C
-    and Δ of an ablated block.
+    A_log and D do not decay, as in the released code, which marks them. Neither do biases, norms,
+    and the constant B, C and Δ of an ablated block.
     -> the same tree, of bools
     """
     return jax.tree.map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
