@@ -2,7 +2,8 @@
 
     python benchmarks/training.py   # results/training/*.json -> mamba_book/data/training.json
 
-Each file says which command recorded it. Chapter 8 reads the copy.
+Each file says which command recorded it. Chapter 8 reads the copy, in which the runs that repeat
+another with a further seed have no curve.
 """
 
 import json
@@ -14,6 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def main():
     runs = sorted((ROOT / "benchmarks" / "results" / "training").glob("*.json"))
     gathered = {run.stem: json.loads(run.read_text(encoding="utf-8")) for run in runs}
+    for name, run in gathered.items():
+        if "-seed-" in name:
+            del run["curve"]
     path = ROOT / "mamba_book" / "data" / "training.json"
     path.write_text(json.dumps(gathered, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{len(gathered)} runs -> {path.relative_to(ROOT)}")

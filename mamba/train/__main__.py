@@ -25,6 +25,7 @@ examples:
   %(prog)s selective-copying                                   a quarter of an hour, two cores
   %(prog)s selective-copying --selective none                  the same block, time-invariant
   %(prog)s induction-heads --lengths 1024,16384,1048576        evaluated at longer lengths, too
+  %(prog)s induction-heads --steps 3000 --carry --weight-decay 0
   %(prog)s induction-heads --preset paper --out runs/induction --results induction.json
   %(prog)s induction-heads --preset paper --out runs/induction --resume
   %(prog)s language-model --text notes/ --out my-model
@@ -102,7 +103,7 @@ def _train_language_model(args, preset):
         preset.optimizer(),
         preset.steps,
         seed=args.seed,
-        carry=True,
+        carry=preset.carry,
         settings=settings,
         **_train_options(args),
     )
@@ -152,7 +153,7 @@ def _preset(args):
     if args.preset not in presets:
         raise ValueError(f"{args.task} has no preset {args.preset}, but {', '.join(presets)}")
     preset = presets[args.preset]
-    fields = ("length", "steps", "batch", "learning_rate", "lengths")
+    fields = ("length", "steps", "batch", "learning_rate", "weight_decay", "carry", "lengths")
     changes = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
     if args.dt_init:
         dt_min, dt_max = args.dt_init
@@ -239,6 +240,13 @@ def _parser():
     add("--batch", type=int, metavar="N", help="sequences in a step (default: the preset's)")
     add("--length", type=int, metavar="N", help="of training sequences (default: the preset's)")
     add("--learning-rate", type=float, metavar="R", help="the highest (default: the preset's)")
+    add("--weight-decay", type=float, metavar="R", help="per unit of learning rate")
+    add(
+        "--carry",
+        action="store_const",
+        const=True,
+        help="start each training sequence from the state after the one before",
+    )
     add("--lengths", type=_lengths, metavar="N,N,…", help="other lengths to evaluate at")
     add("--bfloat16", action="store_true", help="compute matrix products in bfloat16")
     add("--text", nargs="+", metavar="PATH", help="files and folders for language-model to read")

@@ -50,7 +50,8 @@ def test_the_readme_names_the_repository():
 
 def test_nothing_names_a_machine():
     folder = re.compile(r"(?<![\w.:/~-])/(root|home|Users|work|tmp)/\w+")
-    found = [f"{p.relative_to(ROOT)}: {m[0]}" for p, text in texts() for m in folder.finditer(text)]
+    ours = ((p, text) for p, text in texts() if p.name != "passages.json")  # Python's own code
+    found = [f"{p.relative_to(ROOT)}: {m[0]}" for p, text in ours for m in folder.finditer(text)]
     assert found == []
 
 

@@ -53,12 +53,13 @@ def test_a_run_and_its_results(tmp_path, capsys):
 def test_flags_change_the_preset(tmp_path):
     file, folder = tmp_path / "results.json", tmp_path / "run"
     flags = "--steps 3 --batch 2 --length 5 --learning-rate 0.01 --selective none --bfloat16"
-    flags += " --dt-init 0.5 0.7 --lengths 7,5 --seed 4"
+    flags += " --dt-init 0.5 0.7 --lengths 7,5 --seed 4 --weight-decay 0 --carry"
     out = ["--out", folder, "--results", file]
     assert command("selective-copying", *flags.split(), *out) == 0
     settings = json.loads(file.read_text())["settings"]
     changed = {"steps": 3, "batch": 2, "length": 5, "learning_rate": 0.01, "seed": 4}
     assert changed.items() <= settings.items() and settings["lengths"] == [7, 5]
+    assert settings["carry"] is True and settings["weight_decay"] == 0
     model = settings["model"]
     assert model["selective"] == [] and model["dtype"] == "bfloat16"
     assert (model["dt_min"], model["dt_max"]) == (0.5, 0.7)
