@@ -48,6 +48,8 @@ def build(tmp_path_factory):
             "myst_enable_extensions": ["dollarmath"],
             "numfig": True,
             "html_theme": "basic",
+            # Without it, Sphinx adds to its default, which every later app gets.
+            "source_suffix": {".md": "myst-nb", ".ipynb": "myst-nb"},
         }
         out = folder / "out"
         said = io.StringIO()
