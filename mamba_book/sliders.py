@@ -26,7 +26,7 @@ def _free(friction, t):
     return ((a * np.exp(b * t) - b * np.exp(a * t)) / (a - b)).real
 
 
-RULES = {  # what a step of length Δ multiplies a mode by, with z = λΔ; colour, marker, its size
+RULES = {  # what a step of length Δ multiplies a mode by, with z = Δλ; colour, marker, its size
     "bilinear": (lambda z: (1 + z / 2) / (1 - z / 2), "ink", "s", 8),
     "Euler": (lambda z: 1 + z, "wrong", "o", 4),
     "zero-order hold": (np.exp, "h", "o", 4),
@@ -34,7 +34,7 @@ RULES = {  # what a step of length Δ multiplies a mode by, with z = λΔ; colou
 
 
 def stability():
-    """Three rules against Δ: where λΔ lies, and the oscillation that comes out."""
+    """Three rules against Δ: where Δλ lies, and the oscillation that comes out."""
     friction, end = 0.6, 8.0
     a, b = _poles(friction)
 
@@ -44,9 +44,9 @@ def stability():
         plane.add_patch(plt.Circle((-1, 0), 1, color=COLORS["wrong"], alpha=0.25, lw=0))
         for value in (a, b):
             plane.plot(delta * value.real, delta * value.imag, "o", color=COLORS["ink"], ms=7)
-        plane.set(xlim=(-3, 1), ylim=(-2, 2), aspect="equal", xlabel="Re λΔ", ylabel="Im λΔ")
+        plane.set(xlim=(-3, 1), ylim=(-2, 2), aspect="equal", xlabel="Re Δλ", ylabel="Im Δλ")
         plane.text(-1, 0, "Euler", ha="center", va="center")
-        plane.text(-2.9, 1.6, "zero-order hold, bilinear")
+        plane.text(-2.9, 1.85, "zero-order hold,\nbilinear", va="top")
         t = np.linspace(0, end, 400)
         path.plot(t, _free(friction, t), color=COLORS["ref"], lw=5, alpha=0.5)
         steps = np.arange(int(end / delta) + 1)
@@ -72,7 +72,7 @@ def stability():
         draw,
         {"Δ (s)": [0.05, 0.1, 0.2, 0.4, 0.6, 0.8]},
         start=(0.2,),
-        alt="Above: the plane of λΔ with the disc where Euler is stable and the half plane where "
+        alt="Above: the plane of Δλ with the disc where Euler is stable and the half plane where "
         "the others are; two points move outwards as Δ grows. Below: the oscillation by each rule. "
         "Euler's explodes when the points have left its disc.",
     )
@@ -97,8 +97,8 @@ def spring_twin():
         times = np.arange(0, end + 1e-9, delta)
         ax.vlines(times, 0, position(friction, times), color=COLORS["h"], lw=1, alpha=0.6)
         ax.plot(times, position(friction, times), "o", color=COLORS["h"], ms=5)
-        ax.text(3.9, 0.06, "push", color=COLORS["x"], ha="right")
-        ax.set(xlim=(-0.1, end), ylim=(-0.9, 1.9), xlabel="time (s)", ylabel="position")
+        ax.text(2, -0.1, "push", color=COLORS["x"], ha="center", va="top")
+        ax.set(xlim=(-0.1, end + 0.1), ylim=(-0.9, 1.9), xlabel="time (s)", ylabel="position")
         half = np.log(2) / -_poles(friction).real.max()
         swings = "swings" if friction**2 < 4 * STIFFNESS else "creeps back without swinging"
         per_step = np.exp(_poles(friction).real.max() * delta)
@@ -109,7 +109,7 @@ def spring_twin():
 
     frames(
         draw,
-        {"friction (1/s)": [0.2, 0.6, 2.0, 5.0], "Δ (s)": [0.25, 0.5, 1.0]},
+        {"friction (N per m/s)": [0.2, 0.6, 2.0, 5.0], "Δ (s)": [0.25, 0.5, 1.0]},
         start=(0.6, 0.5),
         alt="Position of a mass that is pushed for four seconds and then let go: the exact curve, "
         "and on it the points of the discrete twin. Friction changes how it swings, Δ how often it "
@@ -133,9 +133,17 @@ def leaky_bank():
         fig, (above, below) = plt.subplots(2, 1, figsize=(5.2, 3.9), sharex=True)
         above.fill_between(t, signal, color=COLORS["x"], alpha=0.3, lw=0, step="post")
         above.plot(t, h, color=COLORS["h"])
+        above.text(0, 1.03, "signal", color=COLORS["x"], transform=above.transAxes)
+        above.text(0.2, 1.03, "state", color=COLORS["h"], transform=above.transAxes)
         above.set(ylim=(0, 1.1), ylabel="signal, state")
         below.fill_between(t, np.exp(-age / tau), color=COLORS["h"], alpha=0.35, lw=0)
-        below.set(ylim=(0, 1.1), xlim=(0, t[-1]), xlabel="time (s)", ylabel="weight at the end")
+        below.set(
+            ylim=(0, 1.1),
+            xlim=(0, 20),
+            xticks=range(0, 21, 5),
+            xlabel="time (s)",
+            ylabel="weight at the end",
+        )
         return fig, (
             f"A time constant of {tau} s: the state is a mean of the last {tau} s or so; what lies "
             f"{2 * tau} s back counts {np.exp(-2.0):.0%} of what is new."
@@ -187,7 +195,7 @@ def delta_gate():
     frames(
         draw,
         {"rule": list(rules), "Δ of the odd token": [0, 0.1, 0.3, 1, 3, 10]},
-        start=("zero-order hold", 0.3),
+        start=("Mamba's mix", 3),
         alt="Ten tokens as bars, one of them negative, and the state as a line. With Δ = 0 at the "
         "odd token the state passes over it. With a large Δ it forgets the rest; by zero-order "
         "hold it becomes the token, by Mamba's mix Δ times the token.",
