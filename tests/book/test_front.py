@@ -51,7 +51,10 @@ def test_the_map_has_every_chapter_and_says_what_there_is_to_see():
 def test_the_cover_shows_the_number_that_its_caption_names():
     script = (ROOT / "scripts" / "draw_cover.py").read_text(encoding="utf-8")
     state = map(int, re.search(r"^STATE = (\d+), (\d+), (\d+) ", script, re.MULTILINE).groups())
-    assert "component {2} of channel {1} in layer {0}, counted from 0".format(*state) in INDEX
+    layer, channel, component = state
+    assert f"state {component} of channel {channel} in layer {layer}, all counted from 0" in INDEX
+    ordinals = ("first", "second", "third", "fourth", "fifth", "sixth")
+    assert f"one state of the {ordinals[layer]} layer" in INDEX
 
 
 # --- JAX in one screen ----------------------------------------------------------------------------
