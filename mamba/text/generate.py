@@ -14,12 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mamba.text.prompt import padded_length, read_tokens
-from mamba.text.request import explain_not_finite, prepare
+from mamba.text.request import NO_TOKEN, explain_not_finite, prepare
 from mamba.text.sampling import Sampling, penalize, sample
 
 __all__ = ["generate", "stream"]
-
-NO_TOKEN = -1  # drawn from logits that are not all finite
 
 
 def generate(

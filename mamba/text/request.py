@@ -17,8 +17,9 @@ from mamba.text.prompt import encode_prompts, upcast_on_cpu
 from mamba.text.state import TextState
 from mamba.text.writer import TextWriter
 
-__all__ = ["Request", "explain_not_finite", "prepare"]
+__all__ = ["NO_TOKEN", "Request", "explain_not_finite", "prepare"]
 
+NO_TOKEN = -1  # no token's id: what is drawn from logits that are not all finite
 STOP_CHECK_EVERY = 16  # tokens drawn between two searches for a stop string
 
 
@@ -33,7 +34,7 @@ class Request(NamedTuple):
     limit: int  # the model and the tokenizer have the token ids 0 … limit − 1
     n: int  # tokens to draw
     at_once: int  # tokens to draw before their text is looked at
-    ends: np.ndarray  # (k,) int32, the tokens at which a row ends; −1, which is no token, is one
+    ends: np.ndarray  # (k,) int32, the tokens at which a row ends, and NO_TOKEN
     writers: list[TextWriter]  # one per row
 
 
@@ -58,7 +59,7 @@ def prepare(model, key, params, tokenizer, prompts, n, eos_token_id, stop, state
         n=n,
         # Stop strings are searched for in the text, which is made outside the compiled loop.
         at_once=STOP_CHECK_EVERY if stop else n,
-        ends=np.array([-1, *ends], np.int32),
+        ends=np.array([NO_TOKEN, *ends], np.int32),
         writers=[
             TextWriter(tokenizer, context + row, ends, stop)
             for context, row in zip(contexts, ids, strict=True)
@@ -68,11 +69,14 @@ def prepare(model, key, params, tokenizer, prompts, n, eos_token_id, stop, state
 
 def explain_not_finite(request):
     """Say where NaN or infinity in the logits comes from -> str, for an error message."""
-    for where, tree in (("the parameters", request.params), ("the state", request.state)):
+    for where, tree in (
+        ("the parameters hold", request.params),
+        ("the state holds", request.state),
+    ):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             if not jnp.isfinite(leaf).all():
                 name = jax.tree_util.keystr(path, simple=True, separator=".")
-                return f"{where} hold NaN or infinity: {name}".replace("state hold", "state holds")
+                return f"{where} NaN or infinity: {name}"
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(request.state.layers))
     return (
         "the model's logits are NaN or infinite, though its parameters are finite: they, the "
@@ -83,6 +87,8 @@ def explain_not_finite(request):
 def _check_count(n):
     """The number of tokens as an int."""
     try:
+        if isinstance(n, bool):
+            raise TypeError
         n = operator.index(n)
     except TypeError:
         raise TypeError(f"n_tokens_to_gen must be an integer, got {n!r}") from None

@@ -277,6 +277,7 @@ def test_a_prompt_that_fills_its_padded_length(arguments, monkeypatch):
         ({"prompt": ["a", 3]}, TypeError, "a prompt must be a str, got int"),
         ({"prompt": "a\udcff"}, ValueError, "surrogates not allowed"),
         ({"n_tokens_to_gen": 0}, ValueError, "n_tokens_to_gen must be at least 1, got 0"),
+        ({"n_tokens_to_gen": True}, TypeError, "n_tokens_to_gen must be an integer, got True"),
         ({"n_tokens_to_gen": 2.5}, TypeError, "n_tokens_to_gen must be an integer, got 2.5"),
         ({"n_tokens_to_gen": 2**31}, ValueError, r"must be below 2\^31, got 2147483648"),
         ({"model": (1, 2)}, TypeError, r"model must be a Mamba, .* got \(1, 2\)"),
