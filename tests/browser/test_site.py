@@ -178,3 +178,21 @@ def test_the_address_of_the_site_leads_to_the_landing_page(book):
         tab.goto(book.address)
         tab.wait_for_url("**/book/index.html")
         assert tab.title() == "The Annotated Mamba in JAX"
+
+
+def test_a_table_that_goes_on_fades_at_its_edge(book):
+    fades = (
+        "() => [...document.querySelectorAll('.pst-scrollable-table-container')].map(box => {"
+        "  const fade = () => getComputedStyle(box).getPropertyValue('--book-fade');"
+        "  const wide = box.scrollWidth > box.clientWidth, begin = fade();"
+        "  box.scrollLeft = box.scrollWidth;"
+        "  return new Promise(then => requestAnimationFrame(() => requestAnimationFrame("
+        "    () => then([wide, begin, fade()]))));"
+        "})"
+    )
+    for width in (390, 1280):
+        with book.open("book/paper_vs_code.html", width=width) as tab:
+            found = tab.evaluate(f"() => Promise.all(({fades})())")
+        assert any(wide for wide, _, _ in found) is (width == 390)
+        for wide, begin, end in found:
+            assert (begin, end) == ("40px" if wide else "0px", "0px")
