@@ -63,7 +63,7 @@ def test_what_is_not_legible_is_found(book):
         "<p style='font-size: 9px'>small</p>",
         "<p style='color: #ccc'>pale</p>",
         "<section><div style='width: 500px'>wide</div></section>",
-        "<style>#scan mjx-math {font-size: 1.7em !important}</style>",
+        "<style>#discretization mjx-math {font-size: 1.3em !important}</style>",
     ):
         with book.open(SHEET, PAPER, media="print", alter=inject(fault)) as tab:
             assert tab.evaluate(LEGIBLE) != [], fault
