@@ -1,11 +1,8 @@
-"""What a call refuses, in words: settings, shapes, token ids, states, lengths and resets.
+"""What a call refuses, in words: shapes, token ids, states, lengths and resets.
 
 Shapes and dtypes are known even under ``jit``. Values are not: what depends on them is checked only
 outside it.
 """
-
-import dataclasses
-import numbers
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +10,7 @@ import numpy as np
 
 __all__ = [
     "check_axes",
-    "check_config",
+    "check_chunk",
     "check_lengths",
     "check_resets",
     "check_shapes",
@@ -21,48 +18,6 @@ __all__ = [
     "check_tokens",
     "forms",
 ]
-
-
-_FIELDS = {  # annotation: (whether a value is of that kind, the kind in words)
-    bool: (lambda v: isinstance(v, bool | np.bool_), "True or False"),
-    int: (
-        lambda v: isinstance(v, numbers.Integral) and not isinstance(v, bool) and 1 <= v < 2**31,
-        "a whole number, at least 1 and below 2^31",
-    ),
-    float: (
-        lambda v: isinstance(v, numbers.Real) and not isinstance(v, bool) and 0 < v < 1e9,
-        "a number above 0 and below 1e9",
-    ),
-}
-
-
-def check_config(config):
-    """Raise ValueError unless each field of a configuration is what its annotation says.
-
-    An int is a size, a float is positive, a dtype is a floating-point one. NumPy's numbers become
-    Python's, which ``config.json`` can hold.
-    """
-    for field in dataclasses.fields(config):
-        name, kind, value = field.name, field.type, getattr(config, field.name)
-        if kind == int | None and value is not None:
-            kind = int
-        if name == "dtype":
-            _check_floating(value)
-        elif kind in _FIELDS:
-            admits, words = _FIELDS[kind]
-            if not admits(value):
-                raise ValueError(f"{name} must be {words}, got {value!r}")
-            object.__setattr__(config, name, kind(value))
-
-
-def _check_floating(dtype):
-    """Raise ValueError unless it names a floating-point dtype."""
-    try:
-        good = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError:
-        good = False
-    if not good:
-        raise ValueError(f"dtype must be a floating-point dtype such as jnp.float32, got {dtype!r}")
 
 
 def check_axes(**arrays):
@@ -111,6 +66,13 @@ def _check_array(name, array):
 def check_resets(resets, shape):
     """Raise unless resets are None, or bool of the shape (b, l) of the tokens."""
     check_shapes({"resets": shape}, resets=resets)
+
+
+def check_chunk(chunk):
+    """Raise ValueError unless it is a number of tokens -> chunk."""
+    if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
+        raise ValueError(f"chunk must be a number of tokens, at least 1, got {chunk!r}")
+    return chunk
 
 
 def check_tokens(tokens, vocab_size):

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mamba.checks import check_config
+from mamba.config import ModelConfig
 from mamba.layers import (
     A_log_init,
     CausalConv,
@@ -32,7 +32,7 @@ __all__ = ["LayerState", "MambaBlock", "MambaConfig"]
 
 
 @dataclasses.dataclass(frozen=True)
-class MambaConfig:
+class MambaConfig(ModelConfig):
     """The sizes and choices that define a Mamba language model, under their released names.
 
     Raises ValueError for sizes and choices that make no model.
@@ -55,26 +55,10 @@ class MambaConfig:
     pad_vocab_size_multiple: int = 8  # the table's rows are a multiple of it
     dtype: Any = jnp.float32  # of the matrix products
 
-    def __post_init__(self):
-        check_config(self)
-        if self.dt_min > self.dt_max:
-            raise ValueError(f"expected dt_min <= dt_max, got {self.dt_min} and {self.dt_max}")
-
-    @property
-    def d_inner(self):
-        """Width inside the block, E · d_model."""
-        return self.expand * self.d_model
-
     @property
     def rank(self):
         """Rank R of the projection that makes Δ."""
         return math.ceil(self.d_model / 16) if self.dt_rank is None else self.dt_rank
-
-    @property
-    def padded_vocab_size(self):
-        """Rows of the embedding: vocab_size rounded up to a multiple that suits the hardware."""
-        multiple = self.pad_vocab_size_multiple
-        return -(-self.vocab_size // multiple) * multiple
 
     def block(self, name):
         """The block that these sizes are of; ``mamba.model`` asks for nothing else."""

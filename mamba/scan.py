@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mamba.checks import check_axes, check_shapes
+from mamba.checks import check_axes, check_chunk, check_shapes
 from mamba.chunked import chunked_scan, decay, discard, outer
 
 __all__ = [
@@ -206,6 +206,4 @@ def _choose(method, chunk):
         return method, CHUNKS.get(method)
     if method not in CHUNKS:
         raise ValueError(f"method {method!r} takes no chunk: only {' and '.join(CHUNKS)} do")
-    if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
-        raise ValueError(f"chunk must be a number of tokens, at least 1, got {chunk!r}")
-    return method, chunk
+    return method, check_chunk(chunk)

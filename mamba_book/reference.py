@@ -87,3 +87,51 @@ def relative_error(actual, expected):
     pairs = zip(actual, expected, strict=True)
     # np.max, since Python's max may drop a NaN.
     return np.max([np.abs(a - e).max() / max(np.abs(e).max(), 1e-30) for a, e in pairs])
+
+
+def ssd_loop(x, delta, A, B, C, D, h0, resets=None):
+    """Mamba-2's recurrence in float64, token by token -> y (b, l, h, p), h (b, h, p, n)."""
+    l, k = x.shape[1], x.shape[2] // B.shape[2]
+    B, C = np.repeat(B, k, axis=2), np.repeat(C, k, axis=2)  # (b, l, h, n)
+    h, y = np.array(h0, np.float64), np.empty(x.shape)
+    for t in range(l):
+        if resets is not None:
+            h = np.where(resets[:, t, None, None, None], 0.0, h)
+        a = np.exp(delta[:, t] * A)[..., None, None]  # (b, h, 1, 1)
+        h = a * h + (delta[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
+        y[:, t] = np.einsum("bhpn,bhn->bhp", h, C[:, t]) + D[:, None] * x[:, t]
+    return y, h
+
+
+def ssd_gradients(dy, dh, x, delta, A, B, C, D, h0, resets=None):
+    """Gradients of Σ dy y + Σ dh h by the adjoint recurrence, in float64 -> dict by argument."""
+    (b, l, heads, _), g = x.shape, B.shape[2]
+    k = heads // g
+    Bs, Cs = np.repeat(B, k, axis=2), np.repeat(C, k, axis=2)  # (b, l, h, n)
+    before, h = [], np.array(h0, np.float64)
+    for t in range(l):
+        if resets is not None:
+            h = np.where(resets[:, t, None, None, None], 0.0, h)
+        before.append(h)
+        a = np.exp(delta[:, t] * A)[..., None, None]
+        h = a * h + (delta[:, t, :, None] * x[:, t])[..., None] * Bs[:, t, :, None]
+    grads = {"x": D[:, None] * dy, "delta": np.zeros(delta.shape), "A": np.zeros(A.shape)}
+    dB, dC = np.zeros(Bs.shape), np.zeros(Cs.shape)
+    gradient = np.array(dh, np.float64)  # of the state after t
+    for t in reversed(range(l)):
+        a = np.exp(delta[:, t] * A)[..., None, None]
+        after = a * before[t] + (delta[:, t, :, None] * x[:, t])[..., None] * Bs[:, t, :, None]
+        dC[:, t] = np.einsum("bhpn,bhp->bhn", after, dy[:, t])
+        gradient = gradient + dy[:, t, ..., None] * Cs[:, t, :, None]
+        du = np.einsum("bhpn,bhn->bhp", gradient, Bs[:, t])
+        dB[:, t] = np.einsum("bhpn,bhp->bhn", gradient, delta[:, t, :, None] * x[:, t])
+        exponent = (gradient * a * before[t]).sum((2, 3))  # (b, h)
+        grads["x"][:, t] += delta[:, t, :, None] * du
+        grads["delta"][:, t] = (du * x[:, t]).sum(-1) + exponent * A
+        grads["A"] += (exponent * delta[:, t]).sum(0)
+        gradient = a * gradient
+        if resets is not None:
+            gradient = np.where(resets[:, t, None, None, None], 0.0, gradient)
+    n = B.shape[-1]
+    grads |= {"B": dB.reshape(b, l, g, k, n).sum(3), "C": dC.reshape(b, l, g, k, n).sum(3)}
+    return grads | {"D": (dy * x).sum((0, 1, 3)), "h0": gradient}
