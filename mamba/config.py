@@ -1,12 +1,13 @@
 """What the configurations of all generations have in common: their checks, and derived sizes."""
 
 import dataclasses
+import math
 import numbers
 
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["ModelConfig"]
+__all__ = ["ModelConfig", "check_range"]
 
 
 _FIELDS = {  # annotation: (whether a value is of that kind, the kind in words)
@@ -52,8 +53,8 @@ class ModelConfig:
 def _check_fields(config):
     for field in dataclasses.fields(config):
         name, kind, value = field.name, field.type, getattr(config, field.name)
-        if kind == int | None and value is not None:
-            kind = int
+        if value is not None:
+            kind = {int | None: int, float | None: float}.get(kind, kind)
         if name == "dtype":
             _check_floating(value)
         elif kind in _FIELDS:
@@ -71,3 +72,17 @@ def _check_floating(dtype):
         good = False
     if not good:
         raise ValueError(f"dtype must be a floating-point dtype such as jnp.float32, got {dtype!r}")
+
+
+def check_range(config, name):
+    """A field that is a range, low and high -> two floats, 0 <= low <= high (which may be ∞).
+
+    Raises ValueError for anything else.
+    """
+    value = getattr(config, name)
+    pair = isinstance(value, tuple | list) and len(value) == 2
+    if pair and all(isinstance(v, numbers.Real) and not isinstance(v, bool) for v in value):
+        low, high = map(float, value)
+        if 0 <= low <= high and math.isfinite(low):
+            return low, high
+    raise ValueError(f"{name} must hold two numbers, 0 <= low <= high, got {value!r}")

@@ -21,6 +21,7 @@ __all__ = [
     "ignore_resets_in_padding",
     "linear",
     "residual_init",
+    "rms_normalize",
     "uniform",
     "uniform_fan_in",
     "zero_at_padding",
@@ -35,8 +36,13 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        x = x.astype(jnp.float32)
-        return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + self.eps) * scale
+        return rms_normalize(x, self.eps) * scale
+
+
+def rms_normalize(x, eps):
+    """x / sqrt(mean(x²) + eps), over the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + eps)
 
 
 class CausalConv(nn.Module):

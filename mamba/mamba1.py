@@ -24,6 +24,7 @@ from mamba.layers import (
     ignore_resets_in_padding,
     linear,
     residual_init,
+    rms_normalize,
     zero_at_padding,
 )
 from mamba.scan import selective_scan
@@ -50,7 +51,8 @@ class MambaConfig(ModelConfig):
     dt_init_floor: float = 1e-4  # no time step starts below it
     conv_bias: bool = True  # whether the convolution has a bias
     bias: bool = False  # whether in_proj and out_proj have one
-    norm_eps: float = 1e-5  # eps of every RMSNorm
+    norm_eps: float = 1e-5  # eps of every RMSNorm with weights
+    select_norm_eps: float | None = None  # Falcon-Mamba's norms of Δ's input, B, C; None: no norms
     tie_embeddings: bool = True  # whether the head is the embedding's table
     pad_vocab_size_multiple: int = 8  # the table's rows are a multiple of it
     dtype: Any = jnp.float32  # of the matrix products
@@ -135,6 +137,8 @@ class MambaBlock(nn.Module):
 
             dt, B, C = split(x_proj(x));   Δ = softplus(dt_proj(dt))
 
+        Falcon-Mamba divides dt, B and C by their root mean square first.
+
         A large Δ forgets the state and takes the token in; Δ near 0 keeps the state as it is.
 
         -> Δ (b, l, d_inner), B and C (b, l, n)
@@ -142,6 +146,8 @@ class MambaBlock(nn.Module):
         c = self.config
         x_proj = linear(c.rank + 2 * c.d_state, name="x_proj", use_bias=False, dtype=c.dtype)
         dt, B, C = jnp.split(x_proj(x), [c.rank, c.rank + c.d_state], axis=-1)  # (b, l, R), n, n
+        if c.select_norm_eps is not None:
+            dt, B, C = (rms_normalize(v, c.select_norm_eps) for v in (dt, B, C))
         bias_init = dt_bias_init(c.dt_min, c.dt_max, c.dt_init_floor)
         dt_proj = linear(c.d_inner, name="dt_proj", bias_init=bias_init, dtype=jnp.float32)
         return nn.softplus(dt_proj(dt)), B, C  # (b, l, d_inner), (b, l, n), (b, l, n)

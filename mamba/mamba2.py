@@ -17,13 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mamba.config import ModelConfig
+from mamba.config import ModelConfig, check_range
 from mamba.layers import (
     CausalConv,
     dt_bias_init,
     ignore_resets_in_padding,
     linear,
     residual_init,
+    rms_normalize,
     zero_at_padding,
 )
 from mamba.ssd import ssd
@@ -43,8 +44,7 @@ class Mamba2Config(ModelConfig):
     expand: int = 2  # E, d_inner / d_model
     head_dim: int = 64  # P, channels of a head
     n_groups: int = 1  # G, groups of heads that share B and C
-    A_min: float = 1.0  # slowest decay −A at the start of training
-    A_max: float = 16.0  # fastest decay −A at the start of training
+    A_init_range: tuple = (1.0, 16.0)  # between which −A is drawn at the start of training
     dt_min: float = 1e-3  # shortest time step at the start of training
     dt_max: float = 0.1  # longest time step at the start of training
     dt_init_floor: float = 1e-4  # no time step starts below it
@@ -58,12 +58,10 @@ class Mamba2Config(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        low, high = self.dt_limit
-        if not 0 <= low < high:
-            raise ValueError(f"dt_limit must hold 0 <= low < high, got {self.dt_limit}")
-        object.__setattr__(self, "dt_limit", (float(low), float(high)))
-        if self.A_min > self.A_max:
-            raise ValueError(f"expected A_min <= A_max, got {self.A_min} and {self.A_max}")
+        object.__setattr__(self, "dt_limit", check_range(self, "dt_limit"))
+        object.__setattr__(self, "A_init_range", check_range(self, "A_init_range"))
+        if self.A_init_range[0] == 0:
+            raise ValueError(f"A_init_range must begin above 0, got {self.A_init_range}")
         if self.d_inner % self.head_dim:
             raise ValueError(
                 f"heads of {self.head_dim} channels do not divide d_inner = {self.d_inner}"
@@ -117,8 +115,7 @@ class GatedRMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (y.shape[-1],))
         y = y.astype(jnp.float32) * nn.silu(z.astype(jnp.float32))
         groups = y.reshape(*y.shape[:-1], self.n_groups, -1)
-        mean_square = jnp.mean(groups**2, axis=-1, keepdims=True)
-        return (groups * jax.lax.rsqrt(mean_square + self.eps)).reshape(y.shape) * scale
+        return rms_normalize(groups, self.eps).reshape(y.shape) * scale
 
 
 class Mamba2Block(nn.Module):
@@ -159,7 +156,7 @@ class Mamba2Block(nn.Module):
         B, C = jnp.split(BC.reshape(b, l, 2 * c.n_groups, c.d_state), 2, axis=2)  # (b, l, g, n)
 
         delta = zero_at_padding(self.time_steps(dt), lengths)  # (b, l, h)
-        A = -jnp.exp(self.param("A_log", log_uniform(c.A_min, c.A_max), (c.n_heads,)))  # (h,)
+        A = -jnp.exp(self.param("A_log", log_uniform(*c.A_init_range), (c.n_heads,)))  # (h,)
         D = self.param("D", nn.initializers.ones, (c.n_heads,))  # (h,)
         y, h = ssd(x, delta, A, B, C, D, h0=state.ssm, resets=resets, return_state=True)
 

@@ -57,7 +57,8 @@ def ssd(
         D: (h,) weight of the direct path from x to y, or None.
         h0: (b, h, p, n) state before the first token; None means zeros.
         resets: (b, l) True where a new segment starts: the state (also h0) is discarded before that
-            token, NaN and infinity included. Or None.
+            token, NaN and infinity included. Or None. (NaN in x reaches every output of its chunk:
+            a product of matrices multiplies it by 0.)
         method: how to compute it.
             "recurrence": one step after another.
             "quadratic": the matrix of the whole sequence; l² numbers for each head.
@@ -144,9 +145,9 @@ def ssd_chunk(state, u, log_a, B, C, resets):
 
     # To after the chunk: tokens of the last segment are still there.
     last = segment == segment[:, -1:]
-    to_end = jnp.where(last, total[:, -1:] - total, 0.0)  # ≤ 0
-    to_end = jnp.where(last, jnp.exp(to_end), 0.0)  # (b, T, g, k)
-    write = jnp.einsum("btgkp,btgn->bgkpn", to_end[..., None] * u, B)
+    to_end = jnp.exp(jnp.where(last, total[:, -1:] - total, 0.0))  # (b, T, g, k), ≤ 1
+    left = jnp.where(last[..., None], to_end[..., None] * u, 0.0)  # (b, T, g, k, p)
+    write = jnp.einsum("btgkp,btgn->bgkpn", left, B)
     kept = jnp.where(continues, state, 0.0)
     return from_start[:, -1, ..., None, None] * kept + write, y
 

@@ -98,8 +98,11 @@ def test_initialization():
     [
         ({"head_dim": 7}, "heads of 7 channels do not divide d_inner = 32"),
         ({"n_groups": 3}, "3 groups do not divide 4 heads"),
-        ({"dt_limit": (0.1, 0.1)}, "dt_limit must hold 0 <= low < high"),
-        ({"A_min": 17}, "A_min <= A_max"),
+        ({"dt_limit": (0.2, 0.1)}, "dt_limit must hold two numbers, 0 <= low <= high"),
+        ({"dt_limit": (float("inf"), float("inf"))}, "dt_limit must hold two numbers"),
+        ({"dt_limit": 0.1}, "dt_limit must hold two numbers"),
+        ({"A_init_range": (17, 16)}, "A_init_range must hold two numbers"),
+        ({"A_init_range": (0, 16)}, "A_init_range must begin above 0"),
     ],
 )
 def test_bad_config(change, message):

@@ -1,4 +1,4 @@
-"""Comparison with transformers' PyTorch Mamba, live: new random weights in every form of file.
+"""Comparison with transformers' PyTorch models, live: new random weights in every form of file.
 
 Deselected by default. `make parity` installs PyTorch and runs it. All numbers are float32.
 """
@@ -19,6 +19,12 @@ FORMS = [
     "transformers-sharded",
     "original-bin",
     "original-safetensors",
+    "transformers-falcon",
+    "transformers-falcon-7b",
+    "transformers-mamba2",
+    "transformers-mamba2-codestral",
+    "original-mamba2-bin",
+    "original-mamba2-safetensors",
 ]
 LENGTHS = [1, 7, 37, 64]
 

@@ -68,9 +68,109 @@ def test_agrees_with_float64(method, b, l, h, p, n, g, reset):
     check(inputs, resets, method)
 
 
+@pytest.mark.parametrize("g", [1, 2, 3, 6])
+def test_groups_from_one_to_the_heads(g):
+    check(random_inputs(1, 37, 6, 2, 3, g, seed=g), None, "chunked", 8)
+
+
 @pytest.mark.parametrize("l", [517, 4096])
 def test_long(l):
     check(random_inputs(1, l, 2, 2, 3, 1, seed=l), None, "chunked")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("steps", ["all", "some", "none"])
+def test_extreme_steps(method, steps):
+    """Δ A of −1,000 forgets all at once, and Δ = 0 nothing: no inf and no NaN in any gradient."""
+    inputs = random_inputs(1, 45, 2, 2, 3, 1)
+    inputs["A"] = np.array([-1.0, -16.0])
+    rng = np.random.default_rng(2)
+    far = 1000 / -inputs["A"]
+    size = {"all": 1.0, "some": rng.uniform(size=(1, 45, 1)) < 0.2, "none": 0.0}[steps]
+    inputs["delta"] = np.where(size, far, 1e-3 if steps == "some" else 0.0) * np.ones((1, 45, 2))
+    check(inputs, None, method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_decay_between_small_and_forgotten(method):
+    """Around e^−87, the least decay that counts, and where many small ones add up to it."""
+    inputs = random_inputs(1, 60, 3, 1, 2, 1)
+    inputs["A"] = np.array([-1.0, -20.0, -86.9])
+    inputs["delta"] = np.random.default_rng(3).uniform(0.9, 1.1, (1, 60, 3))
+    check(inputs, None, method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_reset_discards_nan(method):
+    inputs = as_float32(random_inputs(2, 9, 2, 2, 3, 1))
+    resets = np.zeros((2, 9), bool)
+    resets[0, 0] = resets[0, 5] = resets[1, 4] = True
+    inputs["h0"][0] = np.nan
+    inputs["x"][1, 2] = np.inf
+    y, h = ssd(**inputs, resets=resets, method=method, return_state=True)
+    clean = inputs | {"h0": np.zeros_like(inputs["h0"])}
+    clean["x"] = np.where(np.isfinite(inputs["x"]), inputs["x"], np.float32(0))
+    expected, state = ssd(**clean, resets=resets, method=method, return_state=True)
+    assert relative_error(h, state) < 1e-6 and relative_error(y[0], expected[0]) < 1e-6
+    assert not np.isfinite(y[1, 2:4]).any()
+    if method == "recurrence":
+        assert relative_error(y[1, 4:], expected[1, 4:]) < 1e-6
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_gradient_crosses_a_reset(method):
+    inputs = as_float32(random_inputs(1, 9, 2, 2, 3, 1))
+    resets = np.zeros((1, 9), bool)
+    resets[0, 4] = True
+    gradients = jax.grad(lambda v: ssd(**v, resets=resets, method=method)[:, 4:].sum())(inputs)
+    assert not np.asarray(gradients["h0"]).any()
+    for name in ("x", "delta", "B"):
+        assert not np.asarray(gradients[name])[:, :4].any() and np.asarray(gradients[name]).any()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_computes_in_float32_and_returns_the_dtype_of_x(dtype):
+    inputs = {k: jnp.asarray(v, dtype) for k, v in random_inputs(1, 33, 2, 2, 3, 1).items()}
+    y, h = ssd(**inputs, return_state=True)
+    expected, state = ssd_loop(**{k: np.asarray(v, np.float64) for k, v in inputs.items()})
+    assert y.dtype == dtype and h.dtype == jnp.float32
+    assert relative_error(h, state) < 2e-5 and relative_error(y, expected) < 1e-2
+
+
+def test_memory_of_a_backward_pass_grows_linearly():
+    def peak(l):
+        inputs = as_float32(random_inputs(1, l, 2, 8, 16, 1))
+        program = jax.jit(jax.grad(lambda v: ssd(**v).sum())).lower(inputs).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert peak(4096) < 2.2 * peak(2048)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": np.zeros((1, 5, 2), np.float32)}, ValueError, "x must have shape"),
+        ({"delta": np.zeros((1, 5, 3), np.float32)}, ValueError, "delta must have shape"),
+        ({"A": np.zeros((2, 3), np.float32)}, ValueError, "A must have shape"),
+        ({"C": np.zeros((1, 5, 1, 4), np.float32)}, ValueError, "C must have shape"),
+        ({"A": np.zeros(2, np.complex64)}, TypeError, "A must hold floating-point"),
+        ({"B": np.zeros((1, 5, 1, 0), np.float32)}, ValueError, "all >= 1"),
+        ({"x": np.zeros((1, 0, 2, 2), np.float32)}, ValueError, "all >= 1"),
+        ({"method": "tree"}, ValueError, "unknown method 'tree'"),
+        ({"method": "quadratic", "chunk": 4}, ValueError, "'quadratic' takes no chunk"),
+        ({"method": "chunked", "chunk": 0}, ValueError, "chunk must be a number of tokens"),
+        ({"resets": np.zeros((1, 5))}, TypeError, "resets must be bool"),
+        ({"x": [1.0]}, TypeError, "x must be an array"),
+    ],
+)
+def test_bad_input(change, error, message):
+    with pytest.raises(error, match=message):
+        ssd(**(as_float32(random_inputs(1, 5, 2, 2, 3, 1)) | change))
+
+
+def test_groups_divide_the_heads():
+    with pytest.raises(ValueError, match="got 2 groups and 3 heads"):
+        ssd(**as_float32(random_inputs(1, 5, 3, 2, 3, 2)))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64, 1000])

@@ -3,90 +3,50 @@
 The same model is published under two naming schemes: the original one (state-spaces/mamba-*) and
 that of Hugging Face's transformers (state-spaces/mamba-*-hf). ``read_config`` reads both spellings
 of ``config.json``. ``tensor_table`` lists every tensor that a checkpoint of a configuration holds,
-and where in our parameters it belongs. Both loading and saving follow that table.
+and where in our parameters it belongs. Both loading and saving follow that table. What differs from
+one generation of models to the next stands in its ``Schema``.
 """
 
 import json
-from typing import NamedTuple
+import math
 
 import jax.numpy as jnp
 
 from mamba.checkpoint.files import read_json
+from mamba.checkpoint.mamba1_schema import FALCON_MAMBA, MAMBA
+from mamba.checkpoint.mamba2_schema import MAMBA2
+from mamba.checkpoint.schema import ORIGINAL, TRANSFORMERS, TensorSpec, projection
 from mamba.checkpoint.tensors import CheckpointError, abridged, quote
-from mamba.mamba1 import MambaConfig
 
-__all__ = ["TensorSpec", "read_config", "tensor_table", "write_config"]
+__all__ = ["read_config", "schema_of", "tensor_table", "write_config"]
+
+SCHEMAS = (MAMBA, FALCON_MAMBA, MAMBA2)
+REQUIRED = ("d_model", "n_layer", "vocab_size")  # fields without a default
+HYBRIDS = {  # model_type: what such a model has beside state space layers
+    "bamba": "attention layers between its Mamba-2 layers",
+    "falcon_h1": "attention heads beside the Mamba-2 mixer of every layer",
+    "granitemoehybrid": "attention and expert layers between its Mamba-2 layers",
+    "jamba": "attention and expert layers between its Mamba layers",
+    "nemotron_h": "attention and MLP layers between its Mamba-2 layers",
+    "zamba": "an attention block, shared by many places, between its Mamba layers",
+    "zamba2": "attention blocks, each shared by many places, between its Mamba-2 layers",
+}
 
 
 # ------------------------------------------------------------------------------ config.json
 
 
-class _Key(NamedTuple):
-    """How a field of MambaConfig is spelled in ``config.json``."""
-
-    kind: str  # what the value must be
-    original: str  # key in the original scheme; "ssm_cfg.x" lies in the nested object ssm_cfg
-    transformers: str | None  # key in transformers' scheme; None: it has none
-
-
-_KEYS = {
-    "d_model": _Key("positive integer", "d_model", "hidden_size"),
-    "n_layer": _Key("positive integer", "n_layer", "num_hidden_layers"),
-    "vocab_size": _Key("positive integer", "vocab_size", "vocab_size"),
-    "d_state": _Key("positive integer", "ssm_cfg.d_state", "state_size"),
-    "d_conv": _Key("positive integer", "ssm_cfg.d_conv", "conv_kernel"),
-    "expand": _Key("positive integer", "ssm_cfg.expand", "expand"),
-    "dt_rank": _Key("positive integer or 'auto'", "ssm_cfg.dt_rank", "time_step_rank"),
-    "dt_min": _Key("positive number", "ssm_cfg.dt_min", "time_step_min"),
-    "dt_max": _Key("positive number", "ssm_cfg.dt_max", "time_step_max"),
-    "dt_init_floor": _Key("positive number", "ssm_cfg.dt_init_floor", "time_step_floor"),
-    "conv_bias": _Key("boolean", "ssm_cfg.conv_bias", "use_conv_bias"),
-    "bias": _Key("boolean", "ssm_cfg.bias", "use_bias"),
-    "norm_eps": _Key("positive number", "norm_epsilon", "layer_norm_epsilon"),
-    "tie_embeddings": _Key("boolean", "tie_embeddings", "tie_word_embeddings"),
-    "pad_vocab_size_multiple": _Key("positive integer", "pad_vocab_size_multiple", None),
-}
-_REQUIRED = ("d_model", "n_layer", "vocab_size")
-
-# With any other value of these keys, the model computes something else than ours. The first value
-# is the one that holds where the key is absent.
-_SUPPORTED = {
-    "model_type": ("mamba",),
-    "ssm_cfg.layer": ("Mamba1",),
-    "attn_layer_idx": ([], None),
-    "d_intermediate": (0,),
-    "rms_norm": (True,),
-    "hidden_act": ("silu", "swish"),
-}
-# These keys do not change what we compute. They say how to initialize, which kernel to run, where
-# to round the residual stream (ours is always float32), or what wrote the file.
-_IGNORED = {
-    "architectures",
-    "attn_cfg",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "fused_add_norm",
-    "pad_token_id",
-    "residual_in_fp32",
-    "ssm_cfg",
-    "ssm_cfg.dt_init",
-    "ssm_cfg.dt_scale",
-    "ssm_cfg.use_fast_path",
-    "tokenizer_class",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-}
-
-
 def read_config(path, dtype=jnp.float32):
-    """Read a ``config.json`` in either naming scheme -> MambaConfig with the given compute dtype.
+    """Read a ``config.json`` in either naming scheme -> the configuration of its generation.
 
     A key that changes the computation is honoured; with a value that we do not support, it is
     refused. In the original scheme ``vocab_size`` may be unpadded, and the key ``norm_epsilon``
     gives an eps other than 1e-5 (the original code has that argument; its published files do not
     have the key). In transformers' scheme ``vocab_size`` counts the rows of the embedding.
+
+    Args:
+        path: of the file.
+        dtype: of the matrix products, which the file does not decide.
 
     Raises:
         CheckpointError: names the file, the key and its value.
@@ -99,53 +59,108 @@ def read_config(path, dtype=jnp.float32):
         )
     # Transformers' published files repeat the original keys, which its code does not read. So its
     # own key tells the two schemes apart.
-    original = "hidden_size" not in data
+    scheme = TRANSFORMERS if "hidden_size" in data else ORIGINAL
     nested = {} if data.get("ssm_cfg") is None else data["ssm_cfg"]
     if not isinstance(nested, dict):
         raise CheckpointError(f"{path}: ssm_cfg must be an object, found {quote(nested)}")
     data |= {f"ssm_cfg.{key}": value for key, value in nested.items()}
 
-    for key, supported in _SUPPORTED.items():
-        value = data.get(key, supported[0])
-        if not any(type(value) is type(other) and value == other for other in supported):
-            raise CheckpointError(
-                f"{path}: {key} = {quote(value)} is not supported: in Mamba-1 it is "
-                f"{quote(supported[0])}"
-            )
-    keys = {field: key.original if original else key.transformers for field, key in _KEYS.items()}
-    if original:  # the original code refuses keys that it does not know, and so do we
-        known = set(keys.values()) | _SUPPORTED.keys() | _IGNORED
+    if scheme == TRANSFORMERS:
+        data = _with_expand(path, data)
+
+    schema = _find_schema(path, scheme, data)
+    keys = {field: getattr(key, scheme) for field, key in schema.keys.items()}
+    keys = {field: key for field, key in keys.items() if key is not None}
+    if scheme == ORIGINAL:  # the original code refuses keys that it does not know, and so do we
+        known = {*keys.values(), *schema.supported, *schema.ignored, "model_type", "ssm_cfg.layer"}
         unknown = [quote(key) for key in data if key not in known and not key.startswith("_")]
         if unknown:
             raise CheckpointError(f"{path}: unknown keys: {', '.join(abridged(unknown, 10))}")
-    missing = [keys[field] for field in _REQUIRED if keys[field] not in data]
+    missing = [keys[field] for field in REQUIRED if keys[field] not in data]
     if missing:
         raise CheckpointError(f"{path}: missing keys: {', '.join(missing)}")
-    values = {
-        field: _checked(path, _KEYS[field].kind, key, data[key])
+    values = dict(schema.absent.get(scheme, {})) | {
+        field: _checked(path, schema.keys[field].kind, key, data[key])
         for field, key in keys.items()
         if key in data
     }
-    if not original:
-        values["pad_vocab_size_multiple"] = 1
     try:
-        config = MambaConfig(**values, dtype=dtype)
+        config = schema.config(**values, dtype=dtype)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    width = data.get("intermediate_size", config.d_inner)
-    if not original and width != config.d_inner:
-        raise CheckpointError(
-            f"{path}: intermediate_size = {quote(width)} is not supported: it must be "
-            f"expand · hidden_size = {config.d_inner}"
-        )
+    if scheme == TRANSFORMERS:
+        for key, (absent, size_of) in schema.implied.items():
+            if data.get(key, absent) != size_of(config):
+                raise CheckpointError(
+                    f"{path}: {key} = {quote(data.get(key, absent))} does not fit the other sizes, "
+                    f"which make it {size_of(config)}"
+                )
     return config
+
+
+def _with_expand(path, data):
+    """The keys, with expand = intermediate_size / hidden_size: where it is given, the width wins.
+
+    Falcon-Mamba's files say ``"expand": 16`` beside a width of twice ``hidden_size``.
+    """
+    if "intermediate_size" not in data:
+        return data
+    width, d_model = (
+        _checked(path, "positive integer", key, data[key])
+        for key in ("intermediate_size", "hidden_size")
+    )
+    if width % d_model:
+        raise CheckpointError(
+            f"{path}: intermediate_size = {width} is not supported: it must be a multiple of "
+            f"hidden_size = {d_model}"
+        )
+    return data | {"expand": width // d_model}
+
+
+def _find_schema(path, scheme, data):
+    """The Schema of the model that a ``config.json`` describes. Refuses other models by name."""
+    model_type = data.get("model_type", MAMBA.model_type)
+    layer = data.get("ssm_cfg.layer", MAMBA.layer)
+    if type(model_type) is str and model_type in HYBRIDS:
+        raise CheckpointError(
+            f"{path}: model_type = {quote(model_type)} is a hybrid, which has "
+            f"{HYBRIDS[model_type]}: attention is not supported"
+        )
+    if data.get("attn_layer_idx"):
+        raise CheckpointError(
+            f"{path}: attn_layer_idx = {quote(data['attn_layer_idx'])} makes a hybrid, which has "
+            "attention in these layers: attention is not supported"
+        )
+    if scheme == TRANSFORMERS:
+        key, value, known = "model_type", model_type, {s.model_type: s for s in SCHEMAS}
+    else:
+        key, value, known = "ssm_cfg.layer", layer, {s.layer: s for s in SCHEMAS if s.layer}
+    if type(value) is not str or value not in known:
+        raise CheckpointError(
+            f"{path}: {key} = {quote(value)} is not supported, but {', '.join(map(quote, known))}"
+        )
+    schema = known[value]
+    for key, supported in {"model_type": (schema.model_type,), **schema.supported}.items():
+        value = data.get(key, supported[0])
+        if not any(type(value) is type(other) and value == other for other in supported):
+            raise CheckpointError(
+                f"{path}: {key} = {quote(value)} is not supported: in {schema.name} it is "
+                f"{quote(supported[0])}"
+            )
+    return schema
 
 
 def _checked(path, kind, key, value):
     """The value of a key, if it is of its kind (JSON's true and "16" are not numbers)."""
     if "auto" in kind and type(value) is str and value == "auto":
         return None
-    if kind == "boolean":
+    if kind == "pair of numbers":
+        if type(value) is list and len(value) == 2:
+            pair = tuple(_number(v) for v in value)
+            if None not in pair:
+                return pair
+        valid = False
+    elif kind == "boolean":
         valid = type(value) is bool
     elif kind == "positive number":
         valid = type(value) in (int, float) and 0 < value < 1e9
@@ -156,40 +171,59 @@ def _checked(path, kind, key, value):
     return value
 
 
-def write_config(path, config):
-    """Write a MambaConfig as a ``config.json`` in the original naming; ``read_config`` reads it.
+def _number(value):
+    """A number that may be infinite, also in the form in which transformers writes that; or None."""
+    if value == {"__float__": "Infinity"}:
+        return math.inf
+    return float(value) if type(value) in (int, float) and value >= 0 else None
 
-    The dtype is not written, because the reader chooses it. ``norm_epsilon`` is written only if it
-    is not 1e-5. The original code does not know the key: it refuses such a file, and so does not
-    compute with another eps.
+
+def write_config(path, config):
+    """Write a ``config.json`` that ``read_config`` reads: in the original naming if it has the
+    model, else (Falcon-Mamba) in transformers'.
+
+    The dtype is not written, because the reader chooses it. In the original naming ``norm_epsilon``
+    is written only if it is not 1e-5. The original code does not know the key: it refuses such a
+    file, and so does not compute with another eps.
     """
-    data = {"rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True, "ssm_cfg": {}}
-    for field, key in _KEYS.items():
-        value = getattr(config, field)
-        if field != "norm_eps" or value != MambaConfig.norm_eps:
-            target = data["ssm_cfg"] if key.original.startswith("ssm_cfg.") else data
-            target[key.original.removeprefix("ssm_cfg.")] = "auto" if value is None else value
+    schema = schema_of(config)
+    values = {field: getattr(config, field) for field in schema.keys}
+    if schema.layer is None:
+        scheme, data = TRANSFORMERS, {"model_type": schema.model_type, "hidden_act": "silu"}
+        values["vocab_size"] = config.padded_vocab_size
+        data["intermediate_size"] = config.d_inner
+    else:
+        scheme, data = ORIGINAL, {"rms_norm": True, "residual_in_fp32": True}
+        data |= {"fused_add_norm": True, "ssm_cfg": {}}
+        if schema is not MAMBA:  # which the first files, and the code of their time, do not name
+            data["ssm_cfg"]["layer"] = schema.layer
+        if values["norm_eps"] == type(config).norm_eps:
+            del values["norm_eps"]
+    for field, value in values.items():
+        key = getattr(schema.keys[field], scheme)
+        if key is not None:
+            target = data["ssm_cfg"] if key.startswith("ssm_cfg.") else data
+            target[key.removeprefix("ssm_cfg.")] = "auto" if value is None else value
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
 
 
 # ------------------------------------------------------------------------------ tensors
 
 
-class TensorSpec(NamedTuple):
-    """One tensor: where it is in our parameters, and its name and form in a checkpoint."""
+def schema_of(config):
+    """The Schema of a configuration's checkpoints.
 
-    path: str  # in our parameters, such as "layers_0.mixer.A_log"
-    name: str  # in a checkpoint
-    shape: tuple[int, ...]  # in a checkpoint
-    # PyTorch keeps a matrix as (out, in) and the convolution as (d_inner, 1, d_conv); ours are
-    # (in, out) and (d_conv, d_inner).
-    transpose: bool = False  # whether ours is the transpose
-    float32: bool = False  # whether it stays in float32, whatever dtype the matrices have
-
-    @property
-    def our_shape(self):
-        """The shape in our parameters."""
-        return (self.shape[-1], self.shape[0]) if self.transpose else self.shape
+    Raises:
+        ValueError: checkpoints have no names for the tensors of this type of configuration.
+    """
+    falcon = getattr(config, "select_norm_eps", None) is not None
+    for schema in SCHEMAS:
+        if type(config) is schema.config and (schema is FALCON_MAMBA) == falcon:
+            return schema
+    raise ValueError(
+        f"a model of {type(config).__name__} has no checkpoint format: published checkpoints name "
+        "the tensors of MambaConfig and Mamba2Config only"
+    )
 
 
 def tensor_table(config, embedding="embedding"):
@@ -198,42 +232,23 @@ def tensor_table(config, embedding="embedding"):
     A tied checkpoint may also hold ``lm_head.weight``, equal to the embedding.
 
     Args:
-        config: a MambaConfig.
+        config: a MambaConfig or Mamba2Config.
         embedding: "embedding" in the original scheme, "embeddings" in transformers'. All other
             names are the same in both.
 
     Raises:
         ValueError: checkpoints have no names for the tensors of this type of configuration.
     """
-    if type(config) is not MambaConfig:
-        raise ValueError(
-            f"a model of {type(config).__name__} has no checkpoint format: published checkpoints "
-            "name the tensors of MambaConfig only"
-        )
-    d, di, r, n, k = config.d_model, config.d_inner, config.rank, config.d_state, config.d_conv
-    vocab = config.padded_vocab_size
-    layer = [
-        TensorSpec("norm.scale", "norm.weight", (d,), float32=True),
-        TensorSpec("mixer.in_proj.kernel", "mixer.in_proj.weight", (2 * di, d), transpose=True),
-        TensorSpec("mixer.conv1d.kernel", "mixer.conv1d.weight", (di, 1, k), transpose=True),
-        TensorSpec("mixer.x_proj.kernel", "mixer.x_proj.weight", (r + 2 * n, di), transpose=True),
-        TensorSpec("mixer.dt_proj.kernel", "mixer.dt_proj.weight", (di, r), transpose=True),
-        TensorSpec("mixer.dt_proj.bias", "mixer.dt_proj.bias", (di,), float32=True),
-        TensorSpec("mixer.A_log", "mixer.A_log", (di, n), float32=True),
-        TensorSpec("mixer.D", "mixer.D", (di,), float32=True),
-        TensorSpec("mixer.out_proj.kernel", "mixer.out_proj.weight", (d, di), transpose=True),
+    c, schema = config, schema_of(config)
+    layer = [TensorSpec("norm.scale", "norm.weight", (c.d_model,), float32=True)]
+    layer += [
+        spec._replace(path=f"mixer.{spec.path}", name=f"mixer.{spec.name}")
+        for spec in schema.mixer(c)
     ]
-    if config.conv_bias:
-        layer.append(TensorSpec("mixer.conv1d.bias", "mixer.conv1d.bias", (di,)))
-    if config.bias:
-        layer.append(TensorSpec("mixer.in_proj.bias", "mixer.in_proj.bias", (2 * di,)))
-        layer.append(TensorSpec("mixer.out_proj.bias", "mixer.out_proj.bias", (d,)))
-
-    specs = [TensorSpec("embedding.embedding", f"backbone.{embedding}.weight", (vocab, d))]
-    for i in range(config.n_layer):
+    table = (c.padded_vocab_size, c.d_model)
+    specs = [TensorSpec("embedding.embedding", f"backbone.{embedding}.weight", table)]
+    for i in range(c.n_layer):
         ours, theirs = f"layers_{i}.", f"backbone.layers.{i}."
         specs += [spec._replace(path=ours + spec.path, name=theirs + spec.name) for spec in layer]
-    specs.append(TensorSpec("norm_f.scale", "backbone.norm_f.weight", (d,), float32=True))
-    if not config.tie_embeddings:
-        specs.append(TensorSpec("lm_head.kernel", "lm_head.weight", (vocab, d), transpose=True))
-    return specs
+    specs.append(TensorSpec("norm_f.scale", "backbone.norm_f.weight", (c.d_model,), float32=True))
+    return specs if c.tie_embeddings else [*specs, *projection("lm_head", *table)]

@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 from mamba import MambaConfig
 from mamba.checkpoint.names import read_config, tensor_table, write_config
 from mamba.checkpoint.tensors import CheckpointError
+from mamba.mamba2 import Mamba2Config
 from tests.helpers.checkpoints import (
     CONFIGS,
     TINY,
@@ -59,8 +60,9 @@ def test_a_configuration_of_another_type_has_no_table():
 # ------------------------------------------------------------------------- config.json
 
 
-def config_of(folder, naming="original", **changes):
-    return read_config(write_folder(folder, naming=naming, arrays={}, **changes) / "config.json")
+def config_of(folder, naming="original", config=TINY, **changes):
+    written = write_folder(folder, config, naming=naming, arrays={}, **changes)
+    return read_config(written / "config.json")
 
 
 def test_the_published_original_config(tmp_path):
@@ -144,8 +146,9 @@ def test_values_are_honoured(tmp_path, naming, key, value, field, expected):
 @pytest.mark.parametrize(
     "naming, key, value, message",
     [
-        ("original", "ssm_cfg", {"layer": "Mamba2"}, "ssm_cfg.layer = 'Mamba2'"),
+        ("original", "ssm_cfg", {"layer": "Mamba4"}, "ssm_cfg.layer = 'Mamba4'"),
         ("original", "ssm_cfg", {"layer": None}, "ssm_cfg.layer = None"),
+        ("original", "ssm_cfg", {"layer": ["Mamba1"]}, "ssm_cfg.layer = ['Mamba1']"),
         ("original", "ssm_cfg", {"headdim": 64}, "'ssm_cfg.headdim'"),
         ("original", "ssm_cfg", [], "ssm_cfg must be an object"),
         ("original", "attn_layer_idx", [3], "attn_layer_idx = [3]"),
@@ -156,12 +159,22 @@ def test_values_are_honoured(tmp_path, naming, key, value, field, expected):
         ("original", "model_type", "mamba2", "model_type = 'mamba2'"),
         ("original", "rotary", 3, "'rotary'"),
         ("original", "x" * 10**5, 3, "'xxxxx"),
-        ("transformers", "model_type", "mamba2", "model_type = 'mamba2'"),
-        ("transformers", "model_type", "falcon_mamba", "model_type = 'falcon_mamba'"),
+        ("transformers", "model_type", "mamba3", "model_type = 'mamba3'"),
+        ("transformers", "model_type", "jamba", "model_type = 'jamba' is a hybrid"),
+        (
+            "transformers",
+            "model_type",
+            "zamba2",
+            "'zamba2' is a hybrid, which has attention blocks",
+        ),
+        ("transformers", "model_type", "bamba", "'bamba' is a hybrid"),
+        ("transformers", "model_type", "falcon_h1", "'falcon_h1' is a hybrid"),
+        ("transformers", "model_type", "nemotron_h", "'nemotron_h' is a hybrid"),
+        ("transformers", "model_type", "granitemoehybrid", "'granitemoehybrid' is a hybrid"),
         ("transformers", "model_type", ["mamba"], "model_type = ['mamba']"),
         ("transformers", "hidden_act", "gelu", "hidden_act = 'gelu'"),
         ("transformers", "intermediate_size", 17, "intermediate_size = 17"),
-        ("transformers", "expand", 3, "intermediate_size = 16"),
+        ("transformers", "intermediate_size", 0, "intermediate_size must be a positive integer"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(tmp_path, naming, key, value, message):
@@ -201,6 +214,117 @@ def test_missing_keys(tmp_path):
         config_of(tmp_path, n_layer=None, vocab_size=None)
     with pytest.raises(CheckpointError, match="neither 'd_model'"):
         config_of(tmp_path, d_model=None)
+
+
+def test_the_width_wins_over_expand(tmp_path):
+    """As in the 7B of Falcon-Mamba: expand is 16 beside a width of twice hidden_size."""
+    data = {
+        "model_type": "falcon_mamba",
+        "hidden_size": 4096,
+        "intermediate_size": 8192,
+        "expand": 16,
+        "num_hidden_layers": 64,
+        "vocab_size": 65024,
+        "state_size": 16,
+        "conv_kernel": 4,
+        "time_step_rank": 256,
+        "tie_word_embeddings": False,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    config = read_config(tmp_path / "config.json")
+    assert (config.d_inner, config.rank, config.padded_vocab_size) == (8192, 256, 65024)
+    assert config.select_norm_eps == 1e-6 and not config.tie_embeddings
+    assert config_of(tmp_path, "transformers", expand=3).d_inner == TINY.d_inner
+
+
+# --------------------------------------------------------------------------------- Mamba-2
+
+
+def test_the_published_mamba2_config(tmp_path):
+    """As in state-spaces/mamba2-130m."""
+    data = {
+        "d_model": 768,
+        "d_intermediate": 0,
+        "n_layer": 24,
+        "vocab_size": 50277,
+        "ssm_cfg": {"layer": "Mamba2"},
+        "attn_layer_idx": [],
+        "attn_cfg": {},
+        "rms_norm": True,
+        "residual_in_fp32": True,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": 16,
+        "tie_embeddings": True,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    config = read_config(tmp_path / "config.json")
+    assert config == Mamba2Config(d_model=768, n_layer=24, vocab_size=50277)
+    assert (config.padded_vocab_size, config.n_heads, config.d_conv_channels) == (50288, 24, 1792)
+    del data["pad_vocab_size_multiple"]  # then it is 8, whatever the generation
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    assert read_config(tmp_path / "config.json").padded_vocab_size == 50280
+
+
+def test_the_published_codestral_config(tmp_path):
+    """As in mistralai/Mamba-Codestral-7B-v0.1, which transformers reads; what it leaves out too."""
+    data = {
+        "model_type": "mamba2",
+        "hidden_size": 4096,
+        "num_hidden_layers": 64,
+        "vocab_size": 32768,
+        "norm_before_gate": True,
+        "rms_norm": True,
+        "time_step_limit": [0.0, {"__float__": "Infinity"}],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    config = read_config(tmp_path / "config.json")
+    assert (config.n_heads, config.n_groups, config.head_dim, config.d_state) == (128, 8, 64, 128)
+    assert not config.tie_embeddings and config.dt_limit == (0, float("inf"))
+    rows = {spec.name: spec.shape for spec in tensor_table(config)}
+    assert rows["backbone.layers.63.mixer.in_proj.weight"] == (18560, 4096)
+    assert rows["lm_head.weight"] == (32768, 4096)
+
+
+@pytest.mark.parametrize(
+    "naming, key, value, message",
+    [
+        ("original", "ssm_cfg", {"D_has_hdim": True}, "ssm_cfg.D_has_hdim = True"),
+        ("original", "ssm_cfg", {"d_ssm": 4}, "ssm_cfg.d_ssm = 4"),
+        ("original", "ssm_cfg", {"rmsnorm": False}, "ssm_cfg.rmsnorm = False"),
+        ("original", "ssm_cfg", {"norm_before_gate": True}, "ssm_cfg.norm_before_gate = True"),
+        ("original", "ssm_cfg", {"dt_rank": 4}, "'ssm_cfg.dt_rank'"),
+        ("original", "ssm_cfg", {"dt_limit": [0.1]}, "ssm_cfg.dt_limit must be a pair of numbers"),
+        ("original", "ssm_cfg", {"dt_limit": [1, 0.1]}, "dt_limit must hold two numbers"),
+        ("original", "ssm_cfg", {"dt_limit": [float("nan"), 1]}, "must be a pair of numbers"),
+        ("original", "attn_layer_idx", [3], "attn_layer_idx = [3] makes a hybrid"),
+        ("original", "d_intermediate", 64, "d_intermediate = 64"),
+        ("transformers", "num_heads", 5, "num_heads = 5 does not fit the other sizes"),
+        ("transformers", "num_heads", None, "num_heads = 128 does not fit"),
+        ("transformers", "head_dim", 5, "heads of 5 channels do not divide"),
+        ("transformers", "n_groups", 3, "3 groups do not divide 4 heads"),
+        ("transformers", "n_groups", None, "8 groups do not divide 4 heads"),
+        ("transformers", "time_step_limit", [0, "Infinity"], "must be a pair of numbers"),
+        ("transformers", "hidden_act", "gelu", "in Mamba-2 it is 'silu'"),
+    ],
+)
+def test_what_mamba2_does_not_support_is_refused_by_name(tmp_path, naming, key, value, message):
+    if key == "ssm_cfg":
+        value = {"layer": "Mamba2", "headdim": 4} | value
+    with pytest.raises(CheckpointError) as info:
+        config_of(tmp_path, naming, CONFIGS["mamba2"], **{key: value})
+    assert "config.json" in str(info.value) and message in str(info.value)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_naming_says_the_same(tmp_path, name):
+    """But for the padding of the vocabulary, and for the initialization that it does not know."""
+    config = CONFIGS[name]
+    found = config_of(tmp_path, "transformers", config)
+    initial = ("dt_min", "dt_max", "dt_init_floor", "A_init_range", "dt_rank", "vocab_size")
+    for field in dataclasses.fields(config):
+        if field.name not in (*initial, "pad_vocab_size_multiple"):
+            assert getattr(found, field.name) == getattr(config, field.name), field.name
+    assert found.padded_vocab_size == config.padded_vocab_size
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from mamba import Mamba, MambaConfig
 from mamba.checkpoint.files import read_tensors
 from mamba.checkpoint.names import tensor_table, write_config
+from mamba.mamba2 import Mamba2Config
 
 ROOT = Path(__file__).parents[2]
 TINY = MambaConfig(d_model=8, n_layer=2, vocab_size=13)
@@ -35,6 +36,37 @@ CONFIGS = {
         dt_max=0.5,
         dt_init_floor=2e-4,
     ),
+    "falcon": MambaConfig(
+        d_model=8, n_layer=1, vocab_size=16, select_norm_eps=2e-5, pad_vocab_size_multiple=1
+    ),
+    "falcon, untied": MambaConfig(
+        d_model=8,
+        n_layer=1,
+        vocab_size=16,
+        expand=3,
+        select_norm_eps=1e-6,
+        tie_embeddings=False,
+        norm_eps=0.1,
+        pad_vocab_size_multiple=1,
+    ),
+    "mamba2": Mamba2Config(d_model=8, n_layer=2, vocab_size=13, head_dim=4, d_state=3),
+    "mamba2, all": Mamba2Config(
+        d_model=8,
+        n_layer=1,
+        vocab_size=13,
+        head_dim=3,
+        expand=3,
+        d_state=2,
+        d_conv=3,
+        n_groups=4,
+        A_init_range=(0.5, 2.0),
+        dt_limit=(0.01, 0.2),
+        conv_bias=False,
+        bias=True,
+        norm_eps=0.02,
+        tie_embeddings=False,
+        pad_vocab_size_multiple=5,
+    ),
 }
 
 
@@ -49,7 +81,7 @@ def random_arrays(config, embedding="embedding", dtype=np.float32):
 
 def transformers_config(config):
     """The content of a ``config.json`` in transformers' naming."""
-    return {
+    data = {
         "model_type": "mamba",
         "architectures": ["MambaForCausalLM"],
         "hidden_size": config.d_model,
@@ -59,7 +91,6 @@ def transformers_config(config):
         "state_size": config.d_state,
         "conv_kernel": config.d_conv,
         "expand": config.expand,
-        "time_step_rank": config.rank,
         "use_bias": config.bias,
         "use_conv_bias": config.conv_bias,
         "layer_norm_epsilon": config.norm_eps,
@@ -68,6 +99,23 @@ def transformers_config(config):
         "residual_in_fp32": True,
         "initializer_range": 0.1,
     }
+    if isinstance(config, Mamba2Config):
+        return (
+            data
+            | {
+                "model_type": "mamba2",
+                "architectures": ["Mamba2ForCausalLM"],
+                "head_dim": config.head_dim,
+                "num_heads": config.n_heads,
+                "n_groups": config.n_groups,
+                "time_step_limit": list(config.dt_limit),
+                "norm_before_gate": True,  # Codestral's file says so; transformers' code reads it nowhere
+            }
+        )
+    data["time_step_rank"] = config.rank
+    if config.select_norm_eps is not None:
+        data |= {"model_type": "falcon_mamba", "mixer_rms_eps": config.select_norm_eps}
+    return data
 
 
 def write_folder(folder, config=TINY, *, naming="original", arrays=None, **changes):

@@ -1,4 +1,4 @@
-"""Small models for tests, and the same from the equations in float64 NumPy."""
+"""Small models of each generation, and the same from the equations in float64 NumPy."""
 
 import dataclasses
 from functools import cache
@@ -8,10 +8,20 @@ import numpy as np
 import pytest
 
 from mamba import LayerState, Mamba, MambaConfig
-from mamba_book.reference import relative_error, selective_scan_loop
+from mamba.mamba2 import Mamba2Config, Mamba2State
+from mamba_book.reference import relative_error, selective_scan_loop, ssd_loop
 from tests.helpers.parameters import random_params
 
 SMALL = MambaConfig(d_model=12, n_layer=2, vocab_size=19)
+SMALL_2 = Mamba2Config(
+    d_model=12,
+    n_layer=2,
+    vocab_size=19,
+    d_state=5,
+    head_dim=4,
+    n_groups=3,
+    pad_vocab_size_multiple=8,
+)
 # Between them they leave no size and no switch at its default only.
 CONFIGS = {
     "default": SMALL,
@@ -22,8 +32,25 @@ CONFIGS = {
     "untied, biases": dataclasses.replace(
         SMALL, tie_embeddings=False, bias=True, norm_eps=0.02, pad_vocab_size_multiple=1
     ),
+    "falcon": dataclasses.replace(SMALL, select_norm_eps=0.01, n_layer=1),
+    "mamba2": SMALL_2,
+    "mamba2, untied, biases": dataclasses.replace(
+        SMALL_2,
+        n_layer=1,
+        head_dim=12,
+        n_groups=1,
+        d_state=1,
+        d_conv=2,
+        conv_bias=False,
+        bias=True,
+        dt_limit=(0.01, 0.3),
+        tie_embeddings=False,
+        norm_eps=0.02,
+    ),
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+GENERATIONS = {"mamba": SMALL, "mamba2": SMALL_2}
+every_generation = pytest.mark.parametrize("config", GENERATIONS.values(), ids=GENERATIONS.keys())
 
 
 @cache
@@ -76,24 +103,50 @@ def silu(v):
     return v / (1 + np.exp(-v))
 
 
-def rms_norm(p, x, eps):
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * p["scale"]
+def rms(v, eps):
+    return v / np.sqrt((v**2).mean(-1, keepdims=True) + eps)
 
 
-def block_loop(p, u, c, conv, h):
-    """The block from the equations. u: (b, l, d_model), conv and h: the state before it."""
-    linear = lambda q, v: v @ q["kernel"] + q.get("bias", 0.0)  # noqa: E731
-    x, z = np.split(linear(p["in_proj"], u), 2, axis=-1)
-    window = np.concatenate([conv, x], axis=1)  # (b, d_conv - 1 + l, d_inner)
-    x = np.zeros_like(x)
+def linear(p, v):
+    return v @ p["kernel"] + p.get("bias", 0.0)
+
+
+def conv_loop(p, x, before):
+    """The convolution, channel by channel, and SiLU -> output, the inputs with those before."""
+    window = np.concatenate([before, x], axis=1)  # (b, d_conv - 1 + l, channels)
+    y = np.zeros_like(x)
     for i, channel in np.ndindex(x.shape[0], x.shape[2]):
-        taps = p["conv1d"]["kernel"][:, channel]  # np.correlate conjugates, does not flip
-        x[i, :, channel] = np.correlate(window[i, :, channel], taps, mode="valid")
-    x = silu(x + p["conv1d"].get("bias", 0.0))
+        taps = p["kernel"][:, channel]  # np.correlate conjugates, does not flip
+        y[i, :, channel] = np.correlate(window[i, :, channel], taps, mode="valid")
+    return silu(y + p.get("bias", 0.0)), window
+
+
+def block_loop(p, u, c, state):
+    """Mamba's block from the equations. u: (b, l, d_model), state: the one before it."""
+    x, z = np.split(linear(p["in_proj"], u), 2, axis=-1)
+    x, window = conv_loop(p["conv1d"], x, state.conv)
     dt, B, C = np.split(linear(p["x_proj"], x), [c.rank, c.rank + c.d_state], axis=-1)
+    if c.select_norm_eps:
+        dt, B, C = (rms(v, c.select_norm_eps) for v in (dt, B, C))
     delta = np.log1p(np.exp(linear(p["dt_proj"], dt)))
-    y, h = selective_scan_loop(x, delta, -np.exp(p["A_log"]), B, C, p["D"], z=z, h0=h)
+    y, h = selective_scan_loop(x, delta, -np.exp(p["A_log"]), B, C, p["D"], z=z, h0=state.ssm)
     return linear(p["out_proj"], y), LayerState(window[:, u.shape[1] :], h)
+
+
+def block_loop_2(p, u, c, state):
+    """Mamba-2's block from the equations."""
+    (b, l, _), di, gn, heads = u.shape, c.d_inner, c.n_groups * c.d_state, c.n_heads
+    zxBCdt = linear(p["in_proj"], u)
+    z, xBC, dt = zxBCdt[..., :di], zxBCdt[..., di:-heads], zxBCdt[..., -heads:]
+    xBC, window = conv_loop(p["conv1d"], xBC, state.conv)
+    x, B, C = xBC[..., :di], xBC[..., di : di + gn], xBC[..., di + gn :]
+    x = x.reshape(b, l, heads, c.head_dim)
+    B, C = (v.reshape(b, l, c.n_groups, c.d_state) for v in (B, C))
+    delta = np.clip(np.log1p(np.exp(dt + p["dt_bias"])), *c.dt_limit)
+    y, h = ssd_loop(x, delta, -np.exp(p["A_log"]), B, C, p["D"], state.ssm)
+    gated = (y.reshape(b, l, di) * silu(z)).reshape(b, l, c.n_groups, -1)
+    y = rms(gated, c.norm_eps).reshape(b, l, di) * p["norm"]["scale"]
+    return linear(p["out_proj"], y), Mamba2State(window[:, l:], h)
 
 
 def model_loop(params, tokens, c):
@@ -104,12 +157,13 @@ def model_loop(params, tokens, c):
     states = []
     for i in range(c.n_layer):
         p = params[f"layers_{i}"]
-        start = np.zeros((b, c.d_conv - 1, c.d_inner)), np.zeros((b, c.d_inner, c.d_state))
-        out, state = block_loop(p["mixer"], rms_norm(p["norm"], x, c.norm_eps), c, *start)
+        start = to_float64(c.zero_state(b))
+        block = block_loop if isinstance(c, MambaConfig) else block_loop_2
+        out, state = block(p["mixer"], rms(x, c.norm_eps) * p["norm"]["scale"], c, start)
         x = x + out
         states.append(state)
     head = table.T if c.tie_embeddings else params["lm_head"]["kernel"]
-    return rms_norm(params["norm_f"], x, c.norm_eps) @ head, tuple(states)
+    return rms(x, c.norm_eps) * params["norm_f"]["scale"] @ head, tuple(states)
 
 
 def to_float64(tree):
