@@ -172,7 +172,7 @@ def _checked(path, kind, key, value):
 
 
 def _number(value):
-    """A number that may be infinite, also in the form in which transformers writes that; or None."""
+    """A number, maybe infinite, also in the form in which transformers writes that; or None."""
     if value == {"__float__": "Infinity"}:
         return math.inf
     return float(value) if type(value) in (int, float) and value >= 0 else None

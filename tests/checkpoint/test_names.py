@@ -165,7 +165,7 @@ def test_values_are_honoured(tmp_path, naming, key, value, field, expected):
             "transformers",
             "model_type",
             "zamba2",
-            "'zamba2' is a hybrid, which has attention blocks",
+            "'zamba2' is a hybrid",
         ),
         ("transformers", "model_type", "bamba", "'bamba' is a hybrid"),
         ("transformers", "model_type", "falcon_h1", "'falcon_h1' is a hybrid"),

@@ -100,18 +100,15 @@ def transformers_config(config):
         "initializer_range": 0.1,
     }
     if isinstance(config, Mamba2Config):
-        return (
-            data
-            | {
-                "model_type": "mamba2",
-                "architectures": ["Mamba2ForCausalLM"],
-                "head_dim": config.head_dim,
-                "num_heads": config.n_heads,
-                "n_groups": config.n_groups,
-                "time_step_limit": list(config.dt_limit),
-                "norm_before_gate": True,  # Codestral's file says so; transformers' code reads it nowhere
-            }
-        )
+        return data | {
+            "model_type": "mamba2",
+            "architectures": ["Mamba2ForCausalLM"],
+            "head_dim": config.head_dim,
+            "num_heads": config.n_heads,
+            "n_groups": config.n_groups,
+            "time_step_limit": list(config.dt_limit),
+            "norm_before_gate": True,  # as Codestral's file says; no code reads it
+        }
     data["time_step_rank"] = config.rank
     if config.select_norm_eps is not None:
         data |= {"model_type": "falcon_mamba", "mixer_rms_eps": config.select_norm_eps}
