@@ -132,51 +132,60 @@ def ssd_chunk(state, u, log_a, B, C, resets):
     Returns:
         the state after the chunk, and y: (b, T, g, k, p).
     """
-    total, segment = log_decays(log_a, resets)  # (b, T, g, k) both
-    scores = masked_scores(total, segment, B, C)  # (b, g, k, T, T)
+    total, segment, mask = log_decays(log_a, resets)  # (b, g, k, T), (b, g, k, T, T)
+    scores = masked_scores(total, mask, B, C)  # (b, g, k, T, T)
     y = jnp.einsum("bgkts,bsgkp->btgkp", scores, u)
 
     # From before the chunk: tokens of the segment that the state belongs to read it.
     seen = segment == 0
-    from_start = jnp.where(seen, jnp.exp(jnp.where(seen, total, 0.0)), 0.0)  # (b, T, g, k)
-    continues = seen[:, -1, ..., None, None]  # (b, g, k, 1, 1)
-    read = jnp.where(seen.any(1)[..., None, None], state, 0.0)
-    y += from_start[..., None] * jnp.einsum("bgkpn,btgn->btgkp", read, C)
+    from_start = jnp.where(seen, jnp.exp(jnp.where(seen, total, 0.0)), 0.0)  # (b, g, k, T)
+    read = jnp.where(seen.any(-1)[..., None, None], state, 0.0)
+    y += jnp.einsum("bgkt,bgkpn,btgn->btgkp", from_start, read, C)
 
     # To after the chunk: tokens of the last segment are still there.
-    last = segment == segment[:, -1:]
-    to_end = jnp.exp(jnp.where(last, total[:, -1:] - total, 0.0))  # (b, T, g, k), ≤ 1
-    left = jnp.where(last[..., None], to_end[..., None] * u, 0.0)  # (b, T, g, k, p)
-    write = jnp.einsum("btgkp,btgn->bgkpn", left, B)
-    kept = jnp.where(continues, state, 0.0)
-    return from_start[:, -1, ..., None, None] * kept + write, y
+    last = mask[..., -1, :]  # (b, g, k, T)
+    to_end = jnp.exp(jnp.where(last, total[..., -1:] - total, -jnp.inf))  # (b, g, k, T), ≤ 1
+    left = jnp.where(jnp.moveaxis(last, -1, 1)[..., None], u, 0.0)  # (b, T, g, k, p)
+    write = jnp.einsum("bgkt,btgkp,btgn->bgkpn", to_end, left, B)
+    kept = jnp.where(seen[..., -1, None, None], state, 0.0)  # (b, g, k, p, n)
+    return from_start[..., -1, None, None] * kept + write, y
 
 
 def log_decays(log_a, resets):
-    """The running sum of Δ A in a chunk, and the number of the segment that a token belongs to.
+    """The running sum of Δ A within each segment of a chunk, and what belongs together.
 
     A step that forgets all (Δ A < −87, whose exponential is 0) starts a segment as a reset does. So
-    the sum stays small, and the difference of two of them exact.
+    the sum stays small, and the difference of two of them exact. It is taken as a product with the
+    mask, not as one running sum over all segments: no gradient passes from one to another.
 
-    log_a: (b, T, g, k), resets: (b, T) or None -> both (b, T, g, k)
+    Args:
+        log_a: (b, T, g, k), Δ A.
+        resets: (b, T) bool, or None.
+
+    Returns:
+        total: (b, g, k, T) the sum of Δ A from the segment's second token up to each token.
+        segment: (b, g, k, T) the number of the token's segment; 0 continues the state.
+        mask: (b, g, k, T, T) whether token s is in token t's segment, and s ≤ t.
     """
-    forgets = log_a < FORGOTTEN  # (b, T, g, k)
+    log_a = jnp.moveaxis(log_a, 1, -1)  # (b, g, k, T)
+    T = log_a.shape[-1]
+    forgets = log_a < FORGOTTEN
     if resets is not None:
-        forgets |= resets[..., None, None]
-    return jnp.cumsum(jnp.where(forgets, 0.0, log_a), 1), jnp.cumsum(forgets, 1)
+        forgets |= resets[:, None, None]
+    segment = jnp.cumsum(forgets, -1)
+    earlier = jnp.tril(jnp.ones((T, T), bool))
+    mask = earlier & (segment[..., :, None] == segment[..., None, :])
+    total = jnp.einsum("bgkts,bgks->bgkt", mask.astype(log_a.dtype), jnp.where(forgets, 0.0, log_a))
+    return total, segment, mask
 
 
-def masked_scores(total, segment, B, C):
+def masked_scores(total, mask, B, C):
     """L ∘ C Bᵀ: how much of token s there is in token t's output.
 
-    total, segment: (b, T, g, k), B, C: (b, T, g, n) -> (b, g, k, T, T)
+    total: (b, g, k, T), mask: (b, g, k, T, T), B, C: (b, T, g, n) -> (b, g, k, T, T)
     """
-    total, segment = (jnp.moveaxis(v, 1, -1) for v in (total, segment))  # (b, g, k, T)
-    T = total.shape[-1]
-    earlier = jnp.tril(jnp.ones((T, T), bool))
-    same = earlier & (segment[..., :, None] == segment[..., None, :])  # (b, g, k, T, T)
     # Masked before the exponential: above the diagonal the difference is positive, and may be huge.
-    difference = jnp.where(same, total[..., :, None] - total[..., None, :], -jnp.inf)
+    difference = jnp.where(mask, total[..., :, None] - total[..., None, :], -jnp.inf)
     return jnp.exp(difference) * jnp.einsum("btgn,bsgn->bgts", C, B)[:, :, None]
 
 

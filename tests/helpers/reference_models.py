@@ -165,13 +165,12 @@ def save(model, form, folder):
         "d_state": c.state_size,
         "d_conv": c.conv_kernel,
         "expand": c.expand,
-        "conv_bias": c.use_conv_bias,
-        "bias": c.use_bias,
     }
     if mamba2:
         ssm_cfg |= {"layer": "Mamba2", "headdim": c.head_dim, "ngroups": c.n_groups}
     else:
         ssm_cfg["dt_rank"] = c.time_step_rank
+    ssm_cfg |= {"conv_bias": c.use_conv_bias, "bias": c.use_bias}
     config = {
         "d_model": c.hidden_size,
         "n_layer": c.num_hidden_layers,
