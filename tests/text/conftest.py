@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from mamba.mamba1 import MambaConfig
+from mamba.mamba2 import Mamba2Config
 from mamba.model import Mamba
 from mamba.text.generate import generate
 from mamba.text.prompt import read_prompt
@@ -17,11 +18,20 @@ def tokenizer():
     return train_tokenizer([], 257)
 
 
-@pytest.fixture(scope="module")
-def pair():
-    """-> model, params. The head is not the embedding, or greedy text would repeat one token."""
-    config = MambaConfig(d_model=16, n_layer=2, vocab_size=257, d_state=4, tie_embeddings=False)
-    return Mamba(config), random_params(Mamba(config))
+SIZES = {"d_model": 16, "n_layer": 2, "vocab_size": 257, "d_state": 4}
+SIZES |= {"pad_vocab_size_multiple": 8, "tie_embeddings": False}
+# The head is not the embedding, or greedy text would repeat one token.
+CONFIGS = {
+    "mamba": MambaConfig(**SIZES),
+    "mamba2": Mamba2Config(**SIZES, head_dim=8, n_groups=2),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def pair(request):
+    """-> model, params, of each generation."""
+    model = Mamba(CONFIGS[request.param])
+    return model, random_params(model)
 
 
 @pytest.fixture

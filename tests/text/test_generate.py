@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models
 
 from mamba.checkpoint.hub import EMBEDDED
 from mamba.mamba1 import MambaConfig
+from mamba.mamba2 import Mamba2Config
 from mamba.model import Mamba
 from mamba.text.generate import generate, stream
 from mamba.text.prompt import read_prompt, upcast_on_cpu
@@ -36,11 +37,17 @@ def make_indifferent_model(vocab_size, **config):
     return model, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
-@pytest.fixture(scope="module")
-def pair(tokenizer):
+CONFIGS = {
+    "mamba": lambda size: MambaConfig(vocab_size=size, **SIZES),
+    "mamba2": lambda size: Mamba2Config(vocab_size=size, head_dim=8, n_groups=2, **SIZES),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def pair(request, tokenizer):
     """A random model. Its head is not the embedding, or greedy text would repeat one token."""
-    model = Mamba(MambaConfig(vocab_size=tokenizer.get_vocab_size(), **SIZES))
-    return model, random_params(model)
+    model = Mamba(CONFIGS[request.param](tokenizer.get_vocab_size()))
+    return model, random_params(model, seed=2 if request.param == "mamba2" else 0)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 
 import mamba.text.prompt
+from mamba.mamba1 import MambaConfig
 from mamba.model import Mamba
 from mamba.text.prompt import (
     padded_length,
@@ -63,11 +64,13 @@ def test_padded_lengths():
 def test_a_padded_prompt_has_the_state_of_the_bare_one(pair, n):
     model, params = pair
     start = TextState.empty(model, 1)
+    # Mamba-2's decays are differences of sums, which are large with these parameters.
+    tolerance = 1e-6 if isinstance(model.config, MambaConfig) else 2e-5
     found = read_tokens(model, params, [ids(n)], start)
-    assert_close(found.layers, unpadded(pair, ids(n), start).layers, 1e-6)
-    assert_close(found, unpadded(pair, ids(n), start), 1e-5)
+    assert_close(found.layers, unpadded(pair, ids(n), start).layers, tolerance)
+    assert_close(found, unpadded(pair, ids(n), start), max(1e-5, tolerance))
     again = read_tokens(model, params, [ids(n, 1)], found)  # and continuing
-    assert_close(again.layers, unpadded(pair, ids(n, 1), found).layers, 1e-6)
+    assert_close(again.layers, unpadded(pair, ids(n, 1), found).layers, tolerance)
 
 
 def test_the_token_at_padding_does_not_matter(pair):
