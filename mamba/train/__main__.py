@@ -15,7 +15,7 @@ from mamba.model import Mamba
 from mamba.train.ablation import SELECTIVE
 from mamba.train.corpus import bits_per_byte, encode, read_texts, text_batches, train_tokenizer
 from mamba.train.loop import train
-from mamba.train.presets import PRESETS, evaluate_at, run
+from mamba.train.presets import BLOCKS, PRESETS, evaluate_at, run
 from mamba.train.results import write_results
 
 LANGUAGE_MODEL = "language-model"
@@ -24,6 +24,7 @@ EXAMPLES = """\
 examples:
   %(prog)s selective-copying                                   a quarter of an hour, two cores
   %(prog)s selective-copying --selective none                  the same block, time-invariant
+  %(prog)s selective-copying --block mamba2 --head-dim 16      with the block of Mamba-2
   %(prog)s induction-heads --lengths 1024,16384,1048576        evaluated at longer lengths, too
   %(prog)s induction-heads --steps 3000 --carry --weight-decay 0
   %(prog)s induction-heads --preset paper --out runs/induction --results induction.json
@@ -153,12 +154,22 @@ def _preset(args):
     if args.preset not in presets:
         raise ValueError(f"{args.task} has no preset {args.preset}, but {', '.join(presets)}")
     preset = presets[args.preset]
-    fields = ("length", "steps", "batch", "learning_rate", "weight_decay", "carry", "lengths")
-    changes = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
+    fields = ("block", "length", "steps", "batch", "learning_rate", "weight_decay", "carry")
+    changes = {
+        name: getattr(args, name)
+        for name in (*fields, "lengths")
+        if getattr(args, name) is not None
+    }
+    model = dict(preset.model)
     if args.dt_init:
-        dt_min, dt_max = args.dt_init
-        changes["model"] = {**preset.model, "dt_min": dt_min, "dt_max": dt_max}
-    return dataclasses.replace(preset, **changes)
+        model["dt_min"], model["dt_max"] = args.dt_init
+    if args.d_state:
+        model["d_state"] = args.d_state
+    if args.head_dim:
+        if args.block != "mamba2":
+            raise ValueError("--head-dim is for --block mamba2: Mamba's block has no heads")
+        model["head_dim"] = args.head_dim
+    return dataclasses.replace(preset, model=model, **changes)
 
 
 def _selective(args):
@@ -228,6 +239,9 @@ def _parser():
         metavar="NAMES",
         help="which of delta,B,C depend on the input, or none (default: all three)",
     )
+    add("--block", choices=BLOCKS, help="of which generation (default: mamba)")
+    add("--head-dim", type=int, metavar="N", help="channels of a head, for --block mamba2")
+    add("--d-state", type=int, metavar="N", help="states of a channel (default: the block's)")
     add(
         "--dt-init",
         type=float,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mamba.mamba1 import MambaConfig
+from mamba.mamba2 import Mamba2Config
 from mamba.model import Mamba
 from mamba.train import tasks
 from mamba.train.ablation import SELECTIVE, AblatedConfig
@@ -16,7 +17,7 @@ from mamba.train.loop import Trained, train
 from mamba.train.metrics import evaluate
 from mamba.train.optimizer import make_optimizer
 
-__all__ = ["PRESETS", "TASKS", "Preset", "Result", "evaluate_at", "run"]
+__all__ = ["BLOCKS", "PRESETS", "TASKS", "Preset", "Result", "evaluate_at", "run"]
 
 TASKS = {
     "selective-copying": tasks.selective_copying,
@@ -24,6 +25,7 @@ TASKS = {
     "induction-heads": tasks.induction_heads,
     "associative-recall": tasks.associative_recall,
 }
+BLOCKS = {"mamba": MambaConfig, "mamba2": Mamba2Config}
 MAX_HELD_OUT_TOKENS = 2**24  # in the held-out sequences of one length
 MIN_HELD_OUT_SEQUENCES = 8  # of one length, also where they have more tokens than that
 
@@ -38,7 +40,8 @@ class Preset:
     batch: int  # sequences in a step
     learning_rate: float  # the highest
     sizes: Mapping  # the task's other arguments; the model has the same vocab_size
-    model: Mapping = dataclasses.field(  # fields of MambaConfig
+    block: str = "mamba"  # one of BLOCKS
+    model: Mapping = dataclasses.field(  # fields of its configuration
         default_factory=lambda: {"d_model": 64, "n_layer": 2}
     )
     warmup: float = 0.05  # share of the steps over which the learning rate rises
@@ -62,10 +65,15 @@ class Preset:
         return min(self.length, first << doublings)
 
     def config(self, selective=SELECTIVE, dtype="float32"):
-        """The configuration of the model: a MambaConfig, or an AblatedConfig for an ablation."""
+        """The configuration of the model: of its block, or an AblatedConfig for an ablation.
+
+        Raises ValueError for an ablation of another block than Mamba's.
+        """
         sizes = {"vocab_size": self.sizes["vocab_size"], "dtype": dtype, **self.model}
         if set(selective) == set(SELECTIVE):
-            return MambaConfig(**sizes)
+            return BLOCKS[self.block](**sizes)
+        if self.block != "mamba":
+            raise ValueError(f"only Mamba's block can be ablated, not that of {self.block}")
         return AblatedConfig(**sizes, selective=selective)
 
     def optimizer(self):

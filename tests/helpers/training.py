@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from mamba import Mamba, MambaConfig
+from mamba.mamba2 import Mamba2Config
 from mamba.train.corpus import text_batches
 from mamba.train.devices import row_mesh
 from mamba.train.loop import train
@@ -15,6 +16,7 @@ from mamba.train.tasks import Batch
 
 SIZES = {"d_model": 8, "n_layer": 1, "vocab_size": 8, "d_state": 4}
 MODEL = Mamba(MambaConfig(**SIZES))
+MODEL_2 = Mamba(Mamba2Config(**SIZES, head_dim=4, n_groups=2))
 STEPS = 30
 OPTIMIZER = make_optimizer(3e-3, STEPS, warmup=3)
 
@@ -30,10 +32,10 @@ def data(step):
     return Batch(tokens, targets, np.tile(np.arange(8) >= 6, (8, 1)))
 
 
-def run(data=data, steps=STEPS, folder=None, **options):
+def run(data=data, steps=STEPS, folder=None, model=MODEL, **options):
     """The run, or with another argument of ``train`` -> Trained."""
     options = {"held_out": [data(1000)], "evaluate_every": 12, "progress": False} | options
-    return train(MODEL, data, OPTIMIZER, steps, folder=folder, save_every=4, **options)
+    return train(model, data, OPTIMIZER, steps, folder=folder, save_every=4, **options)
 
 
 def assert_same(one, other):
@@ -85,13 +87,15 @@ def on_these_devices():
     """What depends on the number of devices -> (how many rows are shared by how many, curves).
 
     The curves are those of a run on a task, and of one on text, where the state that is carried
-    along is shared out, too.
+    along is shared out, too; of Mamba-2 as well.
     """
     token_ids = [np.random.default_rng(0).integers(0, 8, 400).astype(np.int32)]
     text = run(text_batches(token_ids, 8, 8), steps=8, carry=True, held_out=())
     task = run(steps=12)
+    second = run(text_batches(token_ids, 8, 8), 8, model=MODEL_2, carry=True, held_out=())
     shared = [row_mesh(rows).size for rows in (1, 5, 6, 8, 12, 24, 17)]
-    return shared, [text.curve.tolist(), task.curve.tolist(), task.held_out.tolist()]
+    curves = [text.curve, task.curve, task.held_out, second.curve]
+    return shared, [curve.tolist() for curve in curves]
 
 
 def environment(**variables):

@@ -22,6 +22,7 @@ from mamba.train.optimizer import make_optimizer
 from mamba.train.tasks import Batch
 from tests.helpers.training import (
     MODEL,
+    MODEL_2,
     OPTIMIZER,
     SIZES,
     STEPS,
@@ -93,6 +94,14 @@ def test_bfloat16(whole):
         assert np.isfinite(metrics).all()
     assert {p.dtype for p in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
     assert int(state.step) == 2
+
+
+def test_another_generation_learns_and_is_resumed_bit_for_bit(tmp_path):
+    whole = run(model=MODEL_2, carry=True)
+    assert whole.curve[-5:, 0].mean() < whole.curve[:5, 0].mean()
+    with pytest.raises(RuntimeError, match="the power is off"):
+        run(before_batch(10, crash), folder=tmp_path, model=MODEL_2, carry=True)
+    assert_same(run(folder=tmp_path, model=MODEL_2, carry=True, resume=True), whole)
 
 
 # --- where it stops -----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mamba import MambaConfig
+from mamba.mamba2 import Mamba2Config
 from mamba.train import presets
 from mamba.train.ablation import AblatedConfig
 from mamba.train.presets import PRESETS, run
@@ -49,6 +50,16 @@ def test_ablation():
     for selective in ("delta", ("A",), ("delta", "B", "C", "D")):
         with pytest.raises(ValueError, match="selective must be a tuple of names"):
             TINY.config(selective)
+
+
+def test_another_block():
+    second = dataclasses.replace(TINY, block="mamba2", model={**TINY.model, "head_dim": 4})
+    assert second.config() == Mamba2Config(
+        d_model=8, n_layer=1, d_state=4, head_dim=4, vocab_size=8, dtype="float32"
+    )
+    assert json.loads(json.dumps(second.settings(second.config())))["block"] == "mamba2"
+    with pytest.raises(ValueError, match="only Mamba's block can be ablated, not that of mamba2"):
+        second.config(())
 
 
 def test_training_sequences_double_up_to_the_last_length():

@@ -50,6 +50,18 @@ def test_a_run_and_its_results(tmp_path, capsys):
     assert all(len(line) < 200 for line in file.read_text().splitlines())  # one row per line
 
 
+def test_the_block_of_another_generation(tmp_path, capsys):
+    file = tmp_path / "results.json"
+    flags = ["--block", "mamba2", "--head-dim", 8, "--d-state", 3, "--results", file]
+    assert command("selective-copying", *flags) == 0
+    model = json.loads(file.read_text())["settings"]["model"]
+    assert (model["head_dim"], model["d_state"]) == (8, 3)
+    for flags in (["--head-dim", 8], ["--block", "mamba2", "--head-dim", 7]):
+        with pytest.raises(SystemExit):
+            command("selective-copying", *flags)
+    assert "heads of 7 channels do not divide d_inner = 16" in capsys.readouterr().err
+
+
 def test_flags_change_the_preset(tmp_path):
     file, folder = tmp_path / "results.json", tmp_path / "run"
     flags = "--steps 3 --batch 2 --length 5 --learning-rate 0.01 --selective none --bfloat16"

@@ -1,0 +1,315 @@
+"""Time, memory and compile time of Mamba-2's recurrence, and of the whole 130m shape.
+
+    python benchmarks/ssd.py            # measures everything, about a quarter of an hour
+    python benchmarks/ssd.py --quick    # small sizes, to see that it runs; writes nothing
+
+One layer of the 130m shape (24 heads of 64 channels, 128 states, one group), by four ways: ssd's
+"chunked" and "quadratic"; "lax.scan", the recurrence as one would first write it, which JAX
+differentiates; and "mamba-1", the selective scan with as many states. Then "chunked" with chunks of
+other lengths; then the whole model, prefill and decoding, beside transformers (where PyTorch and
+transformers are installed), and how fast this machine reads the weights once. Where mamba2-jax is
+installed, its `ssd` stands beside ours.
+
+Each point is measured in a fresh process. A point is left out, and the reason recorded, where it
+would need more than 6 GB or more than half a minute. Writes benchmarks/results/ssd.json, and the
+same to mamba_book/data for chapter 11.
+"""
+
+import argparse
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from _report import head, load_average, write
+
+ROOT = Path(__file__).resolve().parents[1]
+WRITTEN = [ROOT / path for path in ("benchmarks/results", "mamba_book/data")]
+LENGTHS = [64, 512, 2048, 8192, 65536]
+CHUNKS = [8, 16, 32, 64, 128, 256]
+LENGTH = 2048
+SIZES = {"h": 24, "p": 64, "n": 128}  # one layer of the 130m shape
+SHAPE = {"d_model": 768, "n_layer": 24, "vocab_size": 50277}
+QUICK_SIZES, QUICK_SHAPE = {"h": 2, "p": 8, "n": 8}, {"d_model": 64, "n_layer": 2, "vocab_size": 99}
+PASSES = ["forward", "forward+backward"]
+PREFILL, PROMPT, TOKENS = 512, 8, 40
+SECONDS, GIGABYTES = 1.0, 6.0
+# Arrays of l·h·p·n numbers that a method holds at its peak, and the longest text in half a minute.
+STATES = {("lax.scan", "forward+backward"): 3}
+LIMITS = {("lax.scan", "forward+backward"): 8192, ("quadratic", "forward"): 8192}
+LIMITS |= {("quadratic", "forward+backward"): 2048, ("mamba-1", "forward+backward"): 8192}
+LIMITS |= {("mamba2-jax", "forward+backward"): 8192}
+
+
+def random_inputs(l, h, p, n):
+    """x, delta, A, B, C, D of one sequence, B and C of one group."""
+    rng = np.random.default_rng(0)
+    x, (B, C) = rng.normal(size=(1, l, h, p)), rng.normal(size=(2, 1, l, 1, n))
+    delta = np.exp(rng.uniform(np.log(1e-3), np.log(0.1), (1, l, h)))
+    inputs = x, delta, -rng.uniform(1, 16, h), B, C, rng.normal(size=h)
+    return [v.astype(np.float32) for v in inputs]
+
+
+def plain(x, delta, A, B, C, D):
+    """The recurrence through `lax.scan`, as one would first write it; JAX differentiates it."""
+    import jax
+    import jax.numpy as jnp
+
+    def step(h, inputs):
+        x_t, delta_t, B_t, C_t = inputs  # (b, h, p), (b, h), (b, 1, n), (b, 1, n)
+        write = (delta_t[..., None] * x_t)[..., None] * B_t[:, :, None]  # (b, h, p, n)
+        h = jnp.exp(delta_t * A)[..., None, None] * h + write
+        return h, jnp.einsum("bhpn,bn->bhp", h, C_t[:, 0])
+
+    h0 = jnp.zeros((*x.shape[:1], *x.shape[2:], B.shape[-1]))
+    _, y = jax.lax.scan(step, h0, tuple(v.swapaxes(0, 1) for v in (x, delta, B, C)))
+    return y.swapaxes(0, 1) + D[:, None] * x
+
+
+def mamba1(x, delta, A, B, C, D):
+    """The selective scan over as many channels with as many states, each with a decay of its own."""
+    import jax.numpy as jnp
+
+    from mamba import selective_scan
+
+    b, l, h, p = x.shape
+    channels = x.reshape(b, l, h * p)
+    rates = jnp.repeat(A, p)[:, None] * jnp.linspace(0.9, 1.1, B.shape[-1])  # (d, n)
+    steps = jnp.repeat(delta, p, axis=-1)
+    return selective_scan(channels, steps, rates, B[:, :, 0], C[:, :, 0], jnp.repeat(D, p))
+
+
+def find(method, chunk):
+    """The function of a method."""
+    if method == "lax.scan":
+        return plain
+    if method == "mamba-1":
+        return mamba1
+    if method == "mamba2-jax":
+        from mamba2_jax.ssd import ssd_naive
+
+        def theirs(x, delta, A, B, C, D):
+            h = x.shape[2]
+            B, C = (v.repeat(h, axis=2) for v in (B, C))
+            return ssd_naive(x, delta, A, B, C, chunk or 32, D=D)[0]
+
+        return theirs
+    from mamba.ssd import ssd
+
+    return functools.partial(ssd, method=method, **({"chunk": chunk} if chunk else {}))
+
+
+def measure_layer(method, which, l, sizes, chunk=None):
+    """One point, in this process -> dict of times and memory."""
+    import jax
+
+    run, inputs = find(method, chunk), random_inputs(l, **sizes)
+    if which == "forward+backward":
+        function = jax.value_and_grad(lambda *v: (run(*v) ** 2).sum(), argnums=range(6))
+    else:
+        function = run
+    inputs = jax.block_until_ready(jax.device_put(inputs))
+    start = time.perf_counter()
+    compiled = jax.jit(function).lower(*inputs).compile()
+    compile_s = time.perf_counter() - start
+    plan = compiled.memory_analysis()
+    return best(lambda: jax.block_until_ready(compiled(*inputs))) | {
+        "compile_s": round(compile_s, 3),
+        "program_bytes": plan.temp_size_in_bytes + plan.output_size_in_bytes,
+    }
+
+
+def best(function):
+    """The least of several times of function(), after one call."""
+    start = time.perf_counter()
+    function()
+    first = time.perf_counter() - start
+    times = []
+    for _ in range(max(3, min(30, int(SECONDS / first)))):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return {
+        "min_ms": round(1e3 * min(times), 3),
+        "median_ms": round(1e3 * float(np.median(times)), 3),
+        "runs": len(times),
+    }
+
+
+# --- the whole model ----------------------------------------------------------------------------
+
+
+def measure_ours(shape):
+    """Prefill and greedy decoding with random weights -> dict of seconds."""
+    import jax
+    import jax.numpy as jnp
+
+    from mamba import Mamba
+    from mamba.mamba2 import Mamba2Config
+
+    model = Mamba(Mamba2Config(**shape))
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    tokens = np.random.default_rng(0).integers(0, shape["vocab_size"], (1, PREFILL), np.int32)
+
+    @jax.jit
+    def read(params, tokens):
+        state = model.initial_state(1)
+        return model.apply({"params": params}, tokens, state, method="last_logits")
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def write(params, tokens, n):
+        logits, state = read(params, tokens)
+
+        def step(carry, _):
+            logits, state = carry
+            token = logits.argmax(-1)[:, None]  # (1, 1)
+            return model.apply({"params": params}, token, state, method="last_logits"), token
+
+        return jax.lax.scan(step, (logits, state), None, n)[1]
+
+    prefill = best(lambda: jax.block_until_ready(read(params, tokens)))["min_ms"] / 1e3
+    start = jnp.asarray(tokens[:, :PROMPT])
+    times = [
+        best(lambda n=n: jax.block_until_ready(write(params, start, n)))["min_ms"] / 1e3
+        for n in (1, 1 + TOKENS)
+    ]
+    per_token = (times[1] - times[0]) / TOKENS
+    weights = sum(p.nbytes for p in jax.tree.leaves(params))
+    reading = read_bytes_per_s()
+    return {
+        "prefill_s": round(prefill, 4),
+        "decode_s": round(per_token, 5),
+        "weights_bytes": weights,
+        "read_bytes_per_s": reading,
+        "of_bandwidth_limit": round(weights / reading / per_token, 3),
+    }
+
+
+def read_bytes_per_s():
+    """How fast this machine reads memory: a matrix of 256 MB times a vector."""
+    import jax
+    import jax.numpy as jnp
+
+    matrix, vector = jnp.ones((2**13, 2**13)), jnp.ones(2**13)
+    run = jax.jit(jnp.dot)
+    seconds = best(lambda: jax.block_until_ready(run(matrix, vector)))["min_ms"] / 1e3
+    return round(matrix.nbytes / seconds)
+
+
+def measure_theirs(shape):
+    """The same by transformers -> dict of seconds."""
+    import torch
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    heads = 2 * shape["d_model"] // SIZES["p"]
+    config = Mamba2Config(
+        hidden_size=shape["d_model"],
+        num_hidden_layers=shape["n_layer"],
+        vocab_size=-(-shape["vocab_size"] // 16) * 16,
+        num_heads=heads,
+        n_groups=1,
+        tie_word_embeddings=True,
+        chunk_size=256,
+    )
+    model = Mamba2ForCausalLM(config).eval()
+    rng = np.random.default_rng(0)
+    tokens = torch.tensor(rng.integers(0, shape["vocab_size"], (1, PREFILL)))
+
+    def write(n):
+        every = torch.ones_like(tokens[:, :PROMPT])
+        model.generate(
+            tokens[:, :PROMPT],
+            attention_mask=every,
+            max_new_tokens=n,
+            min_new_tokens=n,
+            do_sample=False,
+            pad_token_id=0,
+        )
+
+    with torch.no_grad():
+        prefill = best(lambda: model(tokens))["min_ms"] / 1e3
+        times = [best(lambda n=n: write(n))["min_ms"] / 1e3 for n in (1, 1 + TOKENS)]
+    return {
+        "prefill_s": round(prefill, 4),
+        "decode_s": round((times[1] - times[0]) / TOKENS, 5),
+    }
+
+
+# --- all of it ----------------------------------------------------------------------------------
+
+
+def why_not(method, which, l, sizes):
+    """The reason to leave a point out, or None."""
+    numbers = STATES.get((method, which), 0) * l * sizes["h"] * sizes["p"] * sizes["n"]
+    if method == "quadratic":
+        numbers = 3 * l * l * sizes["h"]
+    if 4 * numbers > GIGABYTES * 1e9:
+        return "memory"
+    return "time" if l > LIMITS.get((method, which), l) else None
+
+
+def in_child(name, *arguments):
+    """A function of this file, in a fresh process."""
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--part",
+        json.dumps([name, *arguments]),
+    ]
+    env = dict(os.environ, JAX_PLATFORMS="cpu")
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name} {arguments}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_all(lengths, chunks, sizes, shape):
+    methods = ["chunked", "lax.scan", "quadratic", "mamba-1"]
+    if importlib.util.find_spec("mamba2_jax"):
+        methods.append("mamba2-jax")
+    for l in lengths:
+        for which in PASSES:
+            for method in methods:  # neighbours in time, so that their ratio is worth more
+                row = {"of": "layer", "method": method, "pass": which, "l": l} | sizes
+                reason = why_not(method, which, l, sizes)
+                if reason:
+                    yield row | {"skipped": reason}
+                else:
+                    yield row | in_child("measure_layer", method, which, l, sizes)
+    for chunk in chunks:
+        for which in PASSES:
+            row = {"of": "chunk", "chunk": chunk, "pass": which, "l": LENGTH} | sizes
+            yield row | in_child("measure_layer", "chunked", which, LENGTH, sizes, chunk)
+    yield {"of": "model", "way": "ours"} | shape | in_child("measure_ours", shape)
+    if all(importlib.util.find_spec(p) for p in ("torch", "transformers")):
+        yield {"of": "model", "way": "transformers"} | shape | in_child("measure_theirs", shape)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes, writes nothing")
+    parser.add_argument("--note", default="", help="what else ran on the machine meanwhile")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part:
+        name, *arguments = json.loads(args.part)
+        print(json.dumps(globals()[name](*arguments)))
+        return
+    load, results = load_average(), []
+    sizes, shape = (QUICK_SIZES, QUICK_SHAPE) if args.quick else (SIZES, SHAPE)
+    lengths, chunks = ([64], [16]) if args.quick else (LENGTHS, CHUNKS)
+    for row in measure_all(lengths, chunks, sizes, shape):
+        print(row, flush=True)
+        results.append(row)
+    if not args.quick:
+        for folder in WRITTEN:
+            write(folder / "ssd.json", head(args.note, load), results)
+
+
+if __name__ == "__main__":
+    main()
