@@ -72,7 +72,7 @@ def plain(x, delta, A, B, C, D):
 
 
 def mamba1(x, delta, A, B, C, D):
-    """The selective scan over as many channels with as many states, each with a decay of its own."""
+    """The selective scan with as many channels and states, each state with its own decay."""
     import jax.numpy as jnp
 
     from mamba import selective_scan
