@@ -98,7 +98,8 @@ def ssd(
     inputs = [pad_to_chunks(v, T) for v in (u, log_a, B, C)]  # u = 0, a = 1: no state changes
     inputs.append(None if resets is None else pad_to_chunks(resets, T))
     inputs = jax.tree.map(lambda v: v.reshape(b, -1, T, *v.shape[2:]).swapaxes(0, 1), inputs)
-    step = ssd_step if method == "recurrence" else ssd_chunk
+    # A backward pass computes a chunk's masks and scores again: they are larger than its inputs.
+    step = jax.checkpoint(ssd_step if method == "recurrence" else ssd_chunk)
     state, y = jax.lax.scan(lambda state, v: step(state, *v), state, inputs)  # y: (l / T, b, T, …)
 
     y = y.swapaxes(0, 1).reshape(b, -1, h, p)[:, :l]  # (b, l, h, p)
