@@ -12,6 +12,8 @@ and inside a chunk it is computed as one. Pure functions of arrays.
 Source: Mamba-2 (Dao & Gu, 2024), §§5–6.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -19,10 +21,21 @@ from jaxtyping import Array, Bool, Float
 from mamba.checks import check_axes, check_chunk, check_shapes
 from mamba.chunked import pad_to_chunks
 
-__all__ = ["METHODS", "log_decays", "masked_scores", "ssd", "ssd_chunk", "ssd_step"]
+__all__ = [
+    "METHODS",
+    "chunk_gradients",
+    "decays",
+    "faded",
+    "scan_backward",
+    "scan_chunks",
+    "scan_forward",
+    "ssd",
+    "ssd_chunk",
+    "ssd_step",
+]
 
 METHODS = ("recurrence", "quadratic", "chunked")
-CHUNK = 32  # T, tokens in a chunk
+CHUNK = 64  # T, tokens in a chunk
 FORGOTTEN = -87.0  # exp of less is 0 in float32
 
 
@@ -64,13 +77,14 @@ def ssd(
             "quadratic": the matrix of the whole sequence; l² numbers for each head.
             "chunked": the matrix of each chunk, and one chunk after another.
             "auto": "chunked"; "recurrence" for a single token.
-        chunk: T, tokens in a chunk, for "chunked"; 32 by default.
+        chunk: T, tokens in a chunk, for "chunked"; 64 by default.
         return_state: also return the state after the last token.
 
     Returns:
         y: (b, l, h, p) in x's dtype; with ``return_state``, (y, h), h: (b, h, p, n) in float32.
 
-    The memory of a backward pass grows linearly in l, but for "quadratic".
+    The memory of a backward pass grows linearly in l, but for "quadratic". Forward-mode derivatives
+    (``jax.jvp``) exist for "recurrence" only.
 
     Raises:
         ValueError: shapes that do not fit, a size of 0, groups that do not divide the heads, an
@@ -89,105 +103,175 @@ def ssd(
     dtype = x.dtype
     x, delta, A, B, C = (jnp.asarray(v, jnp.float32) for v in (x, delta, A, B, C))
     state = jnp.zeros((b, h, p, n), jnp.float32) if h0 is None else jnp.asarray(h0, jnp.float32)
-    # Heads of one group next to each other: (…, g, h / g, …). B and C are never repeated.
+    log_a = delta * A  # (b, l, h)
+    if resets is not None:
+        log_a = jnp.where(resets[..., None], -jnp.inf, log_a)  # a reset: a step that forgets all
+
+    # Heads of one group next to each other, k = h / g of them: B and C are never repeated.
     heads = (g, h // g)
     u = (delta[..., None] * x).reshape(b, l, *heads, p)  # (b, l, g, k, p)
-    log_a, state = (delta * A).reshape(b, l, *heads), state.reshape(b, *heads, p, n)
+    log_a, state = log_a.reshape(b, l, *heads), state.reshape(b, *heads, p, n)
 
-    T = {"recurrence": 1, "quadratic": l, "chunked": min(chunk or l, l)}[method]
-    inputs = [pad_to_chunks(v, T) for v in (u, log_a, B, C)]  # u = 0, a = 1: no state changes
-    inputs.append(None if resets is None else pad_to_chunks(resets, T))
-    inputs = jax.tree.map(lambda v: v.reshape(b, -1, T, *v.shape[2:]).swapaxes(0, 1), inputs)
-    # A backward pass computes a chunk's masks and scores again: they are larger than its inputs.
-    step = jax.checkpoint(ssd_step if method == "recurrence" else ssd_chunk)
-    state, y = jax.lax.scan(lambda state, v: step(state, *v), state, inputs)  # y: (l / T, b, T, …)
-
-    y = y.swapaxes(0, 1).reshape(b, -1, h, p)[:, :l]  # (b, l, h, p)
+    T = {"recurrence": 1, "quadratic": l, "chunked": min(chunk, l)}[method]
+    chunks = [_to_chunks(v, T, -2) for v in (u, log_a[..., None], B, C)]  # (l / T, b, …, T, ·)
+    chunks[1] = chunks[1][..., 0]  # (l / T, b, g, k, T)
+    if method == "recurrence":
+        state, y = jax.lax.scan(lambda state, chunk: ssd_step(state, *chunk), state, chunks)
+    else:
+        state, y = scan_chunks(state, *chunks)  # y: (l / T, b, g, k, T, p)
+    y = jnp.moveaxis(y, (0, -2), (1, 2)).reshape(b, -1, h, p)[:, :l]
     if D is not None:
-        y = y + jnp.asarray(D, jnp.float32)[:, None] * jnp.asarray(x, jnp.float32)
+        y = y + jnp.asarray(D, jnp.float32)[:, None] * x
     y = y.astype(dtype)
     return (y, state.reshape(b, h, p, n)) if return_state else y
 
 
-def ssd_step(state, u, log_a, B, C, resets):
-    """One token. state: (b, g, k, p, n), the others as ``ssd_chunk``'s with T = 1."""
-    if resets is not None:
-        state = jnp.where(resets[:, 0, None, None, None, None], 0.0, state)
-    a = jnp.exp(log_a[:, 0])[..., None, None]  # (b, g, k, 1, 1)
-    write = u[:, 0, ..., None] * B[:, 0, :, None, None, :]  # (b, g, k, p, n)
-    state = a * state + write
-    return state, jnp.einsum("bgkpn,bgn->bgkp", state, C[:, 0])[:, None]
+def _to_chunks(v, T, axis):
+    """(b, l, …) -> (l / T, b, …, T, …), T at this axis. Zeros fill the last chunk: Δ = 0."""
+    v = pad_to_chunks(v, T)
+    return jnp.moveaxis(v.reshape(v.shape[0], -1, T, *v.shape[2:]), (1, 2), (0, axis))
 
 
-def ssd_chunk(state, u, log_a, B, C, resets):
-    """One chunk of T tokens, by matrices.
+def ssd_step(state, u, log_a, B, C):
+    """One token: the arguments and results of ``ssd_chunk`` with T = 1, y as a whole."""
+    a = jnp.exp(log_a)[..., None]  # (b, g, k, 1, 1)
+    kept = jnp.where(log_a[..., None] < FORGOTTEN, 0.0, state)
+    state = a * kept + u[..., 0, :, None] * B[:, :, None]  # (b, g, k, p, n)
+    return state, jnp.einsum("bgkpn,bgn->bgkp", state, C[:, :, 0])[..., None, :]
+
+
+def ssd_chunk(state, u, log_a, B, C):
+    """One chunk of T tokens, by products of matrices.
 
     Args:
         state: (b, g, k, p, n) before the chunk; k heads in each of g groups.
-        u: (b, T, g, k, p), Δ x.
-        log_a: (b, T, g, k), Δ A.
-        B: (b, T, g, n).
-        C: (b, T, g, n).
-        resets: (b, T) bool, or None.
+        u: (b, g, k, T, p), Δ x.
+        log_a: (b, g, k, T), Δ A.
+        B: (b, g, T, n).
+        C: (b, g, T, n).
 
     Returns:
-        the state after the chunk, and y: (b, T, g, k, p).
+        the state after the chunk, and the two parts of y, (b, g, k, T, p) each: what the tokens of
+        the chunk wrote, and what the state brought.
     """
-    total, segment, mask = log_decays(log_a, resets)  # (b, g, k, T), (b, g, k, T, T)
-    scores = masked_scores(total, mask, B, C)  # (b, g, k, T, T)
-    y = jnp.einsum("bgkts,bsgkp->btgkp", scores, u)
-
-    # From before the chunk: tokens of the segment that the state belongs to read it.
-    seen = segment == 0
-    from_start = jnp.where(seen, jnp.exp(jnp.where(seen, total, 0.0)), 0.0)  # (b, g, k, T)
-    read = jnp.where(seen.any(-1)[..., None, None], state, 0.0)
-    y += jnp.einsum("bgkt,bgkpn,btgn->btgkp", from_start, read, C)
-
-    # To after the chunk: tokens of the last segment are still there.
-    last = mask[..., -1, :]  # (b, g, k, T)
-    to_end = jnp.exp(jnp.where(last, total[..., -1:] - total, -jnp.inf))  # (b, g, k, T), ≤ 1
-    left = jnp.where(jnp.moveaxis(last, -1, 1)[..., None], u, 0.0)  # (b, T, g, k, p)
-    write = jnp.einsum("bgkt,btgkp,btgn->bgkpn", to_end, left, B)
-    kept = jnp.where(seen[..., -1, None, None], state, 0.0)  # (b, g, k, p, n)
-    return from_start[..., -1, None, None] * kept + write, y
+    L, from_start, to_end = decays(log_a)
+    fit = jnp.einsum("bgtn,bgsn->bgts", C, B)[:, :, None]  # (b, g, 1, T, T)
+    inside = jnp.einsum("bgkts,bgksp->bgktp", L * fit, u)
+    before = faded(from_start, jnp.einsum("bgkpn,bgtn->bgktp", state, C))
+    write = jnp.einsum("bgktp,bgtn->bgkpn", faded(to_end, u), B)
+    return faded(from_start[..., -1:], state) + write, inside, before
 
 
-def log_decays(log_a, resets):
-    """The running sum of Δ A within each segment of a chunk, and what belongs together.
+def decays(log_a):
+    """What is left of one moment of a chunk at another.
 
-    A step that forgets all (Δ A < −87, whose exponential is 0) starts a segment as a reset does. So
-    the sum stays small, and the difference of two of them exact. It is taken as a product with the
-    mask, not as one running sum over all segments: no gradient passes from one to another.
+    A step that forgets all (Δ A < −87, whose exponential is 0 in float32; a reset is one) starts a
+    segment, and nothing is left of another segment. It does not enter the running sum, which stays
+    so small that the difference of two of its values is exact.
 
     Args:
-        log_a: (b, T, g, k), Δ A.
-        resets: (b, T) bool, or None.
+        log_a: (b, g, k, T), Δ A.
 
     Returns:
-        total: (b, g, k, T) the sum of Δ A from the segment's second token up to each token.
-        segment: (b, g, k, T) the number of the token's segment; 0 continues the state.
-        mask: (b, g, k, T, T) whether token s is in token t's segment, and s ≤ t.
+        L: (b, g, k, T, T) of token s at token t; 0 for s > t.
+        from_start: (b, g, k, T) of the state before the chunk, at each token.
+        to_end: (b, g, k, T) of each token, at the end of the chunk.
     """
-    log_a = jnp.moveaxis(log_a, 1, -1)  # (b, g, k, T)
     T = log_a.shape[-1]
+    earlier = jnp.tril(jnp.ones((T, T), bool))  # s <= t
     forgets = log_a < FORGOTTEN
-    if resets is not None:
-        forgets |= resets[:, None, None]
-    segment = jnp.cumsum(forgets, -1)
-    earlier = jnp.tril(jnp.ones((T, T), bool))
-    mask = earlier & (segment[..., :, None] == segment[..., None, :])
-    total = jnp.einsum("bgkts,bgks->bgkt", mask.astype(log_a.dtype), jnp.where(forgets, 0.0, log_a))
-    return total, segment, mask
+    # As products: on a CPU they are several times faster than cumsum.
+    running_sum = partial(jnp.einsum, "ts,bgks->bgkt", earlier * 1.0, precision="highest")
+    segment = running_sum(forgets * 1.0)  # (b, g, k, T)
+    total = running_sum(jnp.where(forgets, 0.0, log_a))
 
-
-def masked_scores(total, mask, B, C):
-    """L ∘ C Bᵀ: how much of token s there is in token t's output.
-
-    total: (b, g, k, T), mask: (b, g, k, T, T), B, C: (b, T, g, n) -> (b, g, k, T, T)
-    """
+    mask = earlier & (segment[..., :, None] == segment[..., None, :])  # (b, g, k, T, T)
     # Masked before the exponential: above the diagonal the difference is positive, and may be huge.
-    difference = jnp.where(mask, total[..., :, None] - total[..., None, :], -jnp.inf)
-    return jnp.exp(difference) * jnp.einsum("btgn,bsgn->bgts", C, B)[:, :, None]
+    L = jnp.exp(jnp.where(mask, total[..., :, None] - total[..., None, :], -jnp.inf))
+    return L, jnp.exp(jnp.where(segment == 0, total, -jnp.inf)), L[..., -1, :]
+
+
+def faded(left, v):
+    """left · v, and 0 where nothing is left, even of NaN and infinity. (…, T), (…, T, p)"""
+    left = left[..., None]
+    return jnp.where(left == 0, 0.0, left * v)
+
+
+# --- a backward pass of its own -----------------------------------------------------------------
+#
+# Autodiff would keep the matrices of every chunk. Here a chunk keeps its first state and what that
+# brought; the rest is computed again.
+
+
+@jax.custom_vjp
+def scan_chunks(state, u, log_a, B, C):
+    """``ssd_chunk`` for one chunk after another: the first axis of every array but the state."""
+    return scan_forward(state, u, log_a, B, C)[0]
+
+
+def scan_forward(state, *inputs):
+    """The forward pass -> (state, y), and what ``scan_backward`` needs."""
+
+    def chunk(first, chunk_inputs):
+        state, inside, before = ssd_chunk(first, *chunk_inputs)
+        return state, (inside + before, first, before)
+
+    state, (y, firsts, befores) = jax.lax.scan(chunk, state, inputs)
+    return (state, y), (firsts, befores, inputs)
+
+
+def scan_backward(saved, cotangents):
+    """From the last chunk to the first -> the gradients of the arguments of ``scan_chunks``."""
+    firsts, befores, inputs = saved
+    dstate, dy = cotangents
+    dstate, gradients = jax.lax.scan(
+        lambda dstate, chunk: chunk_gradients(dstate, *chunk),
+        dstate,
+        (dy, firsts, befores, *inputs),
+        reverse=True,
+    )
+    return dstate, *gradients
+
+
+scan_chunks.defvjp(scan_forward, scan_backward)
+
+
+def chunk_gradients(dstate, dy, state, before, u, log_a, B, C):
+    """The adjoint of ``ssd_chunk``: each product again, with one factor replaced by a gradient.
+
+    Args:
+        dstate: (b, g, k, p, n) gradient of the state after the chunk.
+        dy: (b, g, k, T, p) gradient of y.
+        before: (b, g, k, T, p) what the state brought, from the forward pass.
+        The others as in ``ssd_chunk``.
+
+    Returns:
+        the gradient of the state before the chunk, and those of u, log_a, B and C.
+    """
+    L, from_start, to_end = decays(log_a)
+    state = jnp.where(from_start[..., :1, None] == 0, 0.0, state)  # a reset discards its NaN, too
+    fit = jnp.einsum("bgtn,bgsn->bgts", C, B)[:, :, None]  # (b, g, 1, T, T)
+
+    d_head_fit = L * jnp.einsum("bgktp,bgksp->bgkts", dy, u)  # (b, g, k, T, T)
+    dfit = d_head_fit.sum(2)  # (b, g, T, T)
+    dread = faded(from_start, dy)  # (b, g, k, T, p)
+    du_to_end = faded(to_end, jnp.einsum("bgkpn,bgsn->bgksp", dstate, B))
+    du = jnp.einsum("bgkts,bgktp->bgksp", L * fit, dy) + du_to_end
+    dB = jnp.einsum("bgts,bgtn->bgsn", dfit, C)
+    dB += jnp.einsum("bgksp,bgkpn->bgsn", faded(to_end, u), dstate)
+    dC = jnp.einsum("bgts,bgsn->bgtn", dfit, B) + jnp.einsum("bgktp,bgkpn->bgtn", dread, state)
+
+    # Δ A of token i is part of every decay from before i to i or after it.
+    from_i = partial(jax.lax.cumsum, reverse=True)
+    pairs = jnp.tril(from_i(d_head_fit * fit, axis=3), -1).sum(-1)  # s < i <= t: (b, g, k, T)
+    reads = from_i((dy * before).sum(-1), axis=3)
+    writes = (u * du_to_end).sum(-1)
+    writes = jax.lax.cumsum(writes, axis=3) - writes  # s < i
+    through = from_start[..., -1:] * (dstate * state).sum((-1, -2))[..., None]
+    dlog_a = jnp.where(log_a < FORGOTTEN, 0.0, pairs + reads + writes + through)
+
+    dstate = faded(from_start[..., -1:], dstate)
+    return dstate + jnp.einsum("bgktp,bgtn->bgkpn", dread, C), (du, dlog_a, dB, dC)
 
 
 def _choose(method, chunk, l):
