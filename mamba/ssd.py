@@ -103,41 +103,38 @@ def ssd(
     dtype = x.dtype
     x, delta, A, B, C = (jnp.asarray(v, jnp.float32) for v in (x, delta, A, B, C))
     state = jnp.zeros((b, h, p, n), jnp.float32) if h0 is None else jnp.asarray(h0, jnp.float32)
-    log_a = delta * A  # (b, l, h)
+    u, log_a = delta[..., None] * x, delta * A  # (b, l, h, p), (b, l, h)
     if resets is not None:
         log_a = jnp.where(resets[..., None], -jnp.inf, log_a)  # a reset: a step that forgets all
 
-    # Heads of one group next to each other, k = h / g of them: B and C are never repeated.
-    heads = (g, h // g)
-    u = (delta[..., None] * x).reshape(b, l, *heads, p)  # (b, l, g, k, p)
-    log_a, state = log_a.reshape(b, l, *heads), state.reshape(b, *heads, p, n)
-
-    T = {"recurrence": 1, "quadratic": l, "chunked": min(chunk, l)}[method]
-    chunks = [_to_chunks(v, T, -2) for v in (u, log_a[..., None], B, C)]  # (l / T, b, …, T, ·)
-    chunks[1] = chunks[1][..., 0]  # (l / T, b, g, k, T)
     if method == "recurrence":
-        state, y = jax.lax.scan(lambda state, chunk: ssd_step(state, *chunk), state, chunks)
+        steps = [jnp.moveaxis(v, 1, 0) for v in (u, log_a, B, C)]  # (l, b, …)
+        # One token needs no loop, which would copy the state.
+        state, y = jax.lax.scan(ssd_step, state, steps, unroll=l == 1)
+        y = jnp.moveaxis(y, 0, 1)  # (b, l, h, p)
     else:
-        state, y = scan_chunks(state, *chunks)  # y: (l / T, b, g, k, T, p)
-    y = jnp.moveaxis(y, (0, -2), (1, 2)).reshape(b, -1, h, p)[:, :l]
+        T = min(chunk, l) if method == "chunked" else l
+        heads = (g, h // g)  # heads of one group next to each other: B and C are never repeated
+        u, log_a = u.reshape(b, l, *heads, p), log_a.reshape(b, l, *heads, 1)
+        u, log_a, B, C = (_to_chunks(v, T) for v in (u, log_a, B, C))  # (l / T, b, g, …, T, ·)
+        state, y = scan_chunks(state.reshape(b, *heads, p, n), u, log_a[..., 0], B, C)
+        y = jnp.moveaxis(y, (0, -2), (1, 2)).reshape(b, -1, h, p)[:, :l]
+        state = state.reshape(b, h, p, n)
     if D is not None:
         y = y + jnp.asarray(D, jnp.float32)[:, None] * x
     y = y.astype(dtype)
-    return (y, state.reshape(b, h, p, n)) if return_state else y
+    return (y, state) if return_state else y
 
 
-def _to_chunks(v, T, axis):
-    """(b, l, …) -> (l / T, b, …, T, …), T at this axis. Zeros fill the last chunk: Δ = 0."""
-    v = pad_to_chunks(v, T)
-    return jnp.moveaxis(v.reshape(v.shape[0], -1, T, *v.shape[2:]), (1, 2), (0, axis))
-
-
-def ssd_step(state, u, log_a, B, C):
-    """One token: the arguments and results of ``ssd_chunk`` with T = 1, y as a whole."""
-    a = jnp.exp(log_a)[..., None]  # (b, g, k, 1, 1)
-    kept = jnp.where(log_a[..., None] < FORGOTTEN, 0.0, state)
-    state = a * kept + u[..., 0, :, None] * B[:, :, None]  # (b, g, k, p, n)
-    return state, jnp.einsum("bgkpn,bgn->bgkp", state, C[:, :, 0])[..., None, :]
+def ssd_step(state, inputs):
+    """One token. state: (b, h, p, n), inputs: u (b, h, p), log_a (b, h), B and C (b, g, n)."""
+    u, log_a, B, C = inputs
+    a = jnp.exp(log_a)[..., None, None]  # (b, h, 1, 1)
+    kept = jnp.where(log_a[..., None, None] < FORGOTTEN, 0.0, state)
+    # Each head's own B and C: with the heads in groups, XLA would compute the new state twice.
+    B, C = (jnp.repeat(v, u.shape[1] // v.shape[1], axis=1) for v in (B, C))  # (b, h, n)
+    state = a * kept + u[..., None] * B[:, :, None]  # (b, h, p, n)
+    return state, jnp.einsum("bhpn,bhn->bhp", state, C)
 
 
 def ssd_chunk(state, u, log_a, B, C):
@@ -272,6 +269,12 @@ def chunk_gradients(dstate, dy, state, before, u, log_a, B, C):
 
     dstate = faded(from_start[..., -1:], dstate)
     return dstate + jnp.einsum("bgktp,bgtn->bgkpn", dread, C), (du, dlog_a, dB, dC)
+
+
+def _to_chunks(v, T):
+    """(b, l, …, k) -> (l / T, b, …, T, k). Zeros fill the last chunk: Δ = 0 changes no state."""
+    v = pad_to_chunks(v, T)
+    return jnp.moveaxis(v.reshape(v.shape[0], -1, T, *v.shape[2:]), (1, 2), (0, -2))
 
 
 def _choose(method, chunk, l):
