@@ -3,8 +3,8 @@
     pip install torch transformers && python scripts/make_goldens.py
 
 logits/<form>/  a small random model in a published form, with tokens, logits and a greedy
-                continuation by transformers in float32 (reference.safetensors); those of Mamba-2 and
-                Falcon-Mamba also go to mamba_book/data/logits, where a page of the book reads them
+                continuation by transformers in float32 (reference.safetensors); those of Mamba-2
+                and Falcon-Mamba also go to mamba_book/data/logits, which a page of the book reads
 bin/*.bin       files by torch.save, each beside its tensors as safetensors
 """
 
