@@ -8,8 +8,10 @@ text = generate(model, key=key, params=params, tokenizer=tokenizer, prompt=..., 
 from mamba.checkpoint.hub import EMBEDDED, load_tokenizer
 from mamba.layers import RMSNorm
 from mamba.mamba1 import LayerState, MambaBlock, MambaConfig
+from mamba.mamba2 import Mamba2Block, Mamba2Config, Mamba2State
 from mamba.model import Mamba, ResidualBlock
 from mamba.scan import selective_scan
+from mamba.ssd import ssd
 from mamba.text.generate import generate, stream
 from mamba.text.prompt import read_prompt
 from mamba.text.state import TextState, load_state, save_state, state_bytes
@@ -20,6 +22,9 @@ __all__ = [
     "EMBEDDED",
     "LayerState",
     "Mamba",
+    "Mamba2Block",
+    "Mamba2Config",
+    "Mamba2State",
     "MambaBlock",
     "MambaConfig",
     "RMSNorm",
@@ -31,6 +36,7 @@ __all__ = [
     "read_prompt",
     "save_state",
     "selective_scan",
+    "ssd",
     "state_bytes",
     "stream",
 ]

@@ -17,7 +17,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "book" / "api.md"
 READING_ORDER = (
-    *("discretize", "lti", "scan", "chunked", "kernels", "pallas", "layers", "mamba1", "model"),
+    *("discretize", "lti", "scan", "chunked", "kernels", "pallas", "ssd"),
+    *("layers", "config", "mamba1", "mamba2", "model"),
     *("checks", "interrupts", "checkpoint", "text", "train"),
 )
 HEAD = """\

@@ -3,7 +3,8 @@
     pip install torch transformers && python scripts/make_goldens.py
 
 logits/<form>/  a small random model in a published form, with tokens, logits and a greedy
-                continuation by transformers in float32 (reference.safetensors)
+                continuation by transformers in float32 (reference.safetensors); those of Mamba-2
+                and Falcon-Mamba also go to mamba_book/data/logits, which a page of the book reads
 bin/*.bin       files by torch.save, each beside its tensors as safetensors
 """
 
@@ -19,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 from tests.helpers import reference_models  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
+FOR_THE_BOOK = ROOT / "mamba_book" / "data" / "logits"
 
 
 def make_logits(folder):
@@ -84,4 +86,8 @@ if __name__ == "__main__":
     files = [path for path in GOLDEN.rglob("*") if path.is_file()]
     for path in files:
         path.chmod(0o644)  # safetensors writes them for the owner alone
+    shutil.rmtree(FOR_THE_BOOK, ignore_errors=True)
+    for form in reference_models.SHAPES:
+        if "mamba2" in form or "falcon" in form:
+            shutil.copytree(GOLDEN / "logits" / form, FOR_THE_BOOK / form)
     print(f"{GOLDEN}: {sum(path.stat().st_size for path in files) / 1000:.0f} kB")

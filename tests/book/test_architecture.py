@@ -109,11 +109,13 @@ def test_the_imports_of_this_test_are_the_real_ones():
     assert sum(map(len, IMPORTS.values())) > 40
 
 
-def test_the_block_is_one_screen():
-    tree = ast.parse(FILES["mamba.mamba1"].read_text(encoding="utf-8"))
-    (block,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "MambaBlock"]
+@pytest.mark.parametrize("name", ["mamba1.MambaBlock", "mamba2.Mamba2Block"])
+def test_a_block_is_one_screen(name):
+    file, name = name.split(".")
+    text = FILES[f"mamba.{file}"].read_text(encoding="utf-8")
+    (block,) = [n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == name]
     (call,) = [n for n in block.body if isinstance(n, ast.FunctionDef) and n.name == "__call__"]
-    source = FILES["mamba.mamba1"].read_text(encoding="utf-8").splitlines()
+    source = text.splitlines()
     body = source[call.body[0].lineno - 1 : call.end_lineno]
     code = [line for line in body if line.strip() and not line.strip().startswith("#")]
     assert 10 < len(code) <= 30, len(code)

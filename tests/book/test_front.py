@@ -13,7 +13,7 @@ import nbformat
 import pytest
 import yaml
 
-from mamba import Mamba, MambaConfig
+from mamba import Mamba, Mamba2Config, MambaConfig, ssd
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))["parts"]
@@ -200,6 +200,72 @@ def test_the_shapes_are_those_of_the_module():
     found |= dict.fromkeys(("r", "u"), (b, l, d_model)) | dict.fromkeys(("B", "C"), (b, l, n))
     found |= dict.fromkeys(("x", "z", "y", "delta"), (b, l, d_inner))
     assert written == found
+
+
+MAMBA2 = {
+    "130m": Mamba2Config(d_model=768, n_layer=24, vocab_size=50277),
+    "Codestral": Mamba2Config(
+        d_model=4096, n_layer=64, vocab_size=32768, n_groups=8, tie_embeddings=False
+    ),
+}
+
+
+@pytest.mark.parametrize("row", table("Sizes of Mamba-2"), ids=lambda row: row[0])
+def test_the_sizes_of_mamba2_are_those_of_the_module(row):
+    config = MAMBA2[row[0]]
+    d_model, n_layer, heads, groups, parameters, state_bytes = map(whole, row[1:])
+    assert (d_model, n_layer) == (config.d_model, config.n_layer)
+    assert (heads, groups) == (config.n_heads, config.n_groups)
+    layer, around = shapes_of(config)
+    assert n_layer * count(layer) + count(around) == parameters
+    state = jax.eval_shape(lambda: Mamba(config).initial_state(1))
+    assert sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(state)) == state_bytes
+    assert "4 (`H` `P` `N` + 3 `c`) bytes" in SHEET
+    numbers = heads * 64 * 128 + 3 * config.d_conv_channels
+    assert state_bytes == 4 * n_layer * numbers
+
+
+def test_the_parts_of_mamba2s_block_have_the_parameters_of_the_module():
+    layer, _ = shapes_of(MAMBA2["130m"])
+    mixer = layer["mixer"]
+    expected = {
+        "RMSNorm": layer["norm"],
+        "`in_proj`": mixer["in_proj"],
+        "`conv1d`": mixer["conv1d"],
+        "`dt_bias`": mixer["dt_bias"],
+        "`A_log`, `D`": [mixer["A_log"], mixer["D"]],
+        "`norm`": mixer["norm"],
+        "`out_proj`": mixer["out_proj"],
+        "a layer": layer,
+    }
+    rows = table("Block of Mamba-2")
+    assert {row[0]: whole(row[-1]) for row in rows} == {k: count(v) for k, v in expected.items()}
+    widths = {row[0]: [int(n) for n in re.findall(r"\d+", row[3])] for row in rows}
+    into, *out = widths["`in_proj`"]
+    assert mixer["in_proj"]["kernel"].shape == (into, sum(out))
+    assert mixer["out_proj"]["kernel"].shape == tuple(widths["`out_proj`"])
+    assert mixer["conv1d"]["kernel"].shape[1] == widths["`conv1d`"][0] == out[1]
+
+
+def test_the_shapes_of_mamba2_are_those_of_the_module():
+    c = Mamba2Config(d_model=32, n_layer=1, vocab_size=50, head_dim=8, d_state=6, n_groups=2)
+    b, l, h, g = 2, 5, c.n_heads, c.n_groups
+    sizes = {"b": b, "l": l, "h": h, "p": c.head_dim, "g": g, "n": c.d_state}
+    sizes |= {"d_inner": c.d_inner}
+    written = {}
+    for row in table("Shapes of Mamba-2"):
+        for names, shape in (row[:2], row[2:]):
+            shape = eval(shape.strip("`"), sizes.copy())  # "(b, l, h)", from our own page
+            written |= dict.fromkeys(names.replace("`", "").split(", "), shape)
+    state = jax.eval_shape(lambda: c.zero_state(b))
+    found = {"state": state.ssm.shape, "window": state.conv.shape, "delta": (b, l, h)}
+    found |= dict.fromkeys(("A", "D"), shapes_of(c)[0]["mixer"]["A_log"].shape)
+    found |= dict.fromkeys(("x", "y"), (b, l, h, c.head_dim))
+    found |= dict.fromkeys(("B", "C"), (b, l, g, c.d_state))
+    assert written == found
+    arrays = {k: jnp.zeros(found[k]) for k in ("x", "delta", "A", "B", "C", "D")}
+    y, state = jax.eval_shape(lambda v: ssd(**v, return_state=True), arrays)
+    assert y.shape == found["y"] and state.shape == found["state"]
 
 
 @pytest.mark.parametrize("name", CHAPTERS)

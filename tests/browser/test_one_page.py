@@ -1,4 +1,6 @@
-"""The sheet with all equations: printed to PDF by Chromium, it is one sheet of A4, and legible."""
+"""The sheet with all equations: printed to PDF by Chromium, it is the two sides of one sheet of A4,
+Mamba in front and Mamba-2 on the back, and legible.
+"""
 
 import re
 
@@ -13,32 +15,32 @@ A4 = 210 / 25.4 * 72, 297 / 25.4 * 72  # points
 
 
 def printed(book, **options):
-    """The sizes of the sheets, in points, when the page is printed as its own style asks."""
+    """The sizes of the sides, in points, when the page is printed as its own style asks."""
     with book.open(SHEET, media="print", **options) as tab:
         pdf = tab.pdf(prefer_css_page_size=True)
-    sheets = len(re.findall(rb"/Type\s*/Page\b", pdf))
+    sides = len(re.findall(rb"/Type\s*/Page\b", pdf))
     boxes = re.findall(rb"/MediaBox\s*\[0 0 ([\d.]+) ([\d.]+)\]", pdf)
-    assert len(boxes) == sheets
+    assert len(boxes) == sides
     return [(float(width), float(height)) for width, height in boxes]
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_it_is_one_sheet_of_a4(book, width, theme):
-    (size,) = printed(book, width=width, theme=theme)
-    assert size == pytest.approx(A4, abs=1)
+    front, back = printed(book, width=width, theme=theme)
+    assert front == back == pytest.approx(A4, abs=1)
 
 
 def test_there_is_room_for_other_fonts(book):
-    """Two per cent larger, as with another system's font, it is still one sheet."""
+    """Two per cent larger, as with another system's font, it still fits both sides."""
     larger = "<style>@media print {html:root:root {font-size: 10.5px !important}}</style>"
     with book.open(SHEET, media="print", alter=inject(larger)) as tab:
         assert tab.evaluate("getComputedStyle(document.documentElement).fontSize") == "10.5px"
-    assert len(printed(book, alter=inject(larger))) == 1
+    assert len(printed(book, alter=inject(larger))) == 2
 
 
 def test_what_does_not_fit_is_a_second_sheet(book):
-    assert len(printed(book, alter=inject(25 * "<p>One line more.</p>"))) == 2
+    assert len(printed(book, alter=inject(25 * "<p>One line more.</p>"))) == 3
 
 
 def test_what_else_stands_on_a_page_is_not_printed_and_the_title_is(book):
