@@ -1,0 +1,118 @@
+"""What one decay a head costs: Mamba and Mamba-2 learn selective copying at equal size.
+
+    python benchmarks/decays.py            # a quarter of an hour on one core
+    python benchmarks/decays.py --quick    # few steps, to see that it runs; writes nothing
+
+The task, its sizes and the training are those of the preset "minute" of chapter 8: 64 tokens, four of
+them data, one layer of width 32. The variants have that width, and are trained with several seeds.
+"Mamba, one rate a channel" is Mamba's block with the mean of a channel's sixteen log-rates in the
+place of each of them. Writes benchmarks/results/decays.json, and the same to mamba_book/data for
+chapter 11.
+"""
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from _report import head, load_average, write
+
+from mamba import MambaConfig
+from mamba.mamba1 import MambaBlock
+from mamba.train.presets import PRESETS, Preset, evaluate_at, run
+
+ROOT = Path(__file__).resolve().parents[1]
+WRITTEN = [ROOT / path for path in ("benchmarks/results", "mamba_book/data")]
+SEEDS = range(3)
+TASK, SIZE = "selective-copying", "minute"
+
+
+def share_rates(variables):
+    """The variables of a MambaBlock, with the mean of each channel's log-rates for all of them."""
+    variables = dict(variables)
+    if "params" in variables and "A_log" in variables["params"]:
+        A_log = variables["params"]["A_log"]  # (d, n)
+        shared = jnp.broadcast_to(A_log.mean(-1, keepdims=True), A_log.shape)
+        variables["params"] = dict(variables["params"]) | {"A_log": shared}
+    return variables
+
+
+SharedRates = nn.map_variables(MambaBlock, "params", trans_in_fn=share_rates, init=True)
+
+
+class SharedRatesConfig(MambaConfig):
+    """A MambaConfig whose channels have one rate each."""
+
+    def block(self, name):
+        return SharedRates(self, name=name)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SharedRatesPreset(Preset):
+    """A Preset that trains that block."""
+
+    def config(self, selective=(), dtype="float32"):
+        return SharedRatesConfig(vocab_size=self.sizes["vocab_size"], dtype=dtype, **self.model)
+
+
+def variants():
+    """name -> Preset."""
+    minute = PRESETS[TASK][SIZE]
+
+    def preset(block, kind=Preset, **model):
+        values = {f.name: getattr(minute, f.name) for f in dataclasses.fields(minute)}
+        return kind(**values | {"block": block, "model": minute.model | model})
+
+    return {
+        "Mamba": preset("mamba"),
+        "Mamba, one rate a channel": preset("mamba", SharedRatesPreset),
+        "Mamba-2, 1 head": preset("mamba2", head_dim=64, d_state=16),
+        "Mamba-2, 1 head, 128 states": preset("mamba2", head_dim=64, d_state=128),
+        "Mamba-2, 16 heads": preset("mamba2", head_dim=4, d_state=16),
+        "Mamba, 2 layers": preset("mamba", n_layer=2),
+        "Mamba-2, 1 head, 2 layers": preset("mamba2", head_dim=64, d_state=16, n_layer=2),
+    }
+
+
+def measure(name, preset, seed):
+    """One run -> a row."""
+    start = time.perf_counter()
+    model, trained = run(preset, seed=seed)
+    seconds = time.perf_counter() - start
+    loss, accuracy, n = evaluate_at(preset, model, trained.params, preset.length)
+    state = model.initial_state(1)
+    return {
+        "variant": name,
+        "seed": seed,
+        "steps": preset.steps,
+        "loss": round(float(loss), 4),
+        "accuracy": round(float(accuracy), 4),
+        "sequences": n,
+        "parameters": sum(p.size for p in jax.tree.leaves(trained.params)),
+        "state_numbers": sum(layer.ssm.size for layer in state),
+        "seconds": round(seconds, 1),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few steps, writes nothing")
+    parser.add_argument("--note", default="", help="what else ran on the machine meanwhile")
+    args = parser.parse_args()
+    load, results = load_average(), []
+    for name, preset in variants().items():
+        if args.quick:
+            preset = dataclasses.replace(preset, steps=3, held_out=32)
+        for seed in SEEDS[:1] if args.quick else SEEDS:
+            results.append(measure(name, preset, seed))
+            print(results[-1], flush=True)
+    if not args.quick:
+        for folder in WRITTEN:
+            write(folder / "decays.json", head(args.note, load), results)
+
+
+if __name__ == "__main__":
+    main()
