@@ -71,7 +71,9 @@ def test_agrees_with_float64(method, b, l, h, p, n, g, reset):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("g", [1, 2, 3, 6])
 def test_groups_from_one_to_the_heads(method, g):
-    check(random_inputs(1, 37, 6, 2, 3, g, seed=g), None, method, 8 if method == "chunked" else None)
+    check(
+        random_inputs(1, 37, 6, 2, 3, g, seed=g), None, method, 8 if method == "chunked" else None
+    )
 
 
 ROUNDED = pytest.mark.xfail(strict=True, reason="a float32 running sum of thousands of Δ A")
