@@ -44,14 +44,13 @@ def test_resumes_in_the_middle_of_a_text(tmp_path, model):
     rng = np.random.default_rng(0)
     token_ids = [rng.integers(0, 8, n).astype(np.int32) for n in (70, 111, 91)]
     batches = text_batches(token_ids, 8, 8)
-    straight = run(batches, carry=True, held_out=(), model=model)
+    options = {"carry": True, "held_out": (), "model": model}
+    straight = run(batches, **options)
     apart = run(batches, held_out=(), model=model)
     assert not np.allclose(straight.curve[1:, 0], apart.curve[1:, 0], rtol=1e-6)
     with pytest.raises(RuntimeError, match="power"):
-        run(before_batch(14, crash, batches), carry=True, held_out=(), model=model, folder=tmp_path)
-    assert_same(
-        run(batches, carry=True, held_out=(), model=model, folder=tmp_path, resume=True), straight
-    )
+        run(before_batch(14, crash, batches), **options, folder=tmp_path)
+    assert_same(run(batches, **options, folder=tmp_path, resume=True), straight)
 
 
 def test_killed_and_resumed(whole, tmp_path):
