@@ -136,9 +136,10 @@ class Mamba(nn.Module):
     def save_pretrained(self, params, folder):
         """Write ``config.json`` and ``model.safetensors``, which ``from_pretrained`` reads again.
 
-        The naming is the original one; a tied head is not written. Bit for bit, the same parameters
-        come back with ``dtype=model.config.dtype``. Interrupted at any moment, it leaves the folder
-        as it was, complete, or without a ``config.json``: never one that loads as something else.
+        The naming is the original one, for Falcon-Mamba transformers'. A tied head is not written.
+        Bit for bit, the same parameters come back with ``dtype=model.config.dtype``. Interrupted at
+        any moment, it leaves the folder as it was, complete, or without a ``config.json``: never
+        one that loads as something else.
 
         Args:
             params: this model's parameters.

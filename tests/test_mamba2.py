@@ -1,13 +1,22 @@
-"""Mamba-2's block and model: any split of a sequence, padding, packing, the initialization."""
+"""Mamba-2's block and model: any split of a sequence, padding, packing, the initialization.
+
+tests/test_model.py and tests/test_mamba1.py hold the same against float64 for every generation.
+"""
+
+import dataclasses
+import math
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
+import mamba.mamba2
 from mamba.mamba2 import GatedRMSNorm, Mamba2Config
-from mamba.model import Mamba
-from tests.helpers.parameters import random_params
+from mamba.model import Mamba, ResidualBlock
+from tests.helpers.parameters import assert_uniform, in_bfloat16, random_params
 
 SMALL = Mamba2Config(
     d_model=16, n_layer=2, vocab_size=24, d_state=4, head_dim=8, n_groups=2,
@@ -82,15 +91,104 @@ def test_sizes_of_the_published_130m():
     assert mixer["norm"]["scale"].shape == (1536,) and c.padded_vocab_size == 50288
 
 
-def test_initialization():
-    c = Mamba2Config(d_model=512, n_layer=1, vocab_size=24, head_dim=1)
+@pytest.mark.parametrize("limits", [(0.2, 0.3), (0.0, 0.01)])
+def test_the_limits_hold_in_decoding_too(pair, limits):
+    """One token after another gives what the whole gives, and not what it gives without limits."""
+    config, (model, params) = dataclasses.replace(SMALL, dt_limit=limits), pair
+    t, limited = tokens(2, 9), Mamba(config)
+    whole = limited.apply({"params": params}, t)
+    step = jax.jit(lambda *a: limited.apply({"params": params}, *a))
+    state, stepped = limited.initial_state(2), []
+    for i in range(9):
+        logits, state = step(t[:, i : i + 1], state)
+        stepped.append(logits)
+    assert_close(jnp.concatenate(stepped, 1), whole)
+    free = np.asarray(model.apply({"params": params}, t))
+    assert np.abs(free - whole).max() > 1e-2 * np.abs(free).max()
+
+
+# --- dtypes -------------------------------------------------------------------------------------
+
+
+def test_what_stays_float32_in_bfloat16(pair, monkeypatch):
+    config = dataclasses.replace(SMALL, dtype=jnp.bfloat16)
+    p = in_bfloat16(pair[1])["layers_0"]
+    seen = {}
+
+    def spy(x, delta, A, B, C, D, **kwargs):
+        seen.update(x=x.dtype, delta=delta.dtype, A=A.dtype, D=D.dtype, h=kwargs["h0"].dtype)
+        return ssd(x, delta, A, B, C, D, **kwargs)
+
+    ssd = mamba.mamba2.ssd
+    monkeypatch.setattr(mamba.mamba2, "ssd", spy)
+    x = jnp.float32(np.random.default_rng(0).normal(size=(2, 3, config.d_model))) + 100
+    y, state = ResidualBlock(config).apply({"params": p}, x)
+    f32, bf16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
+    assert seen == {"x": bf16, "delta": f32, "A": f32, "D": f32, "h": f32}
+    assert {v.dtype for v in state} == {f32} and y.dtype == f32
+    assert (y != y.astype(bf16)).any()  # the residual stream is not rounded to 8 bits
+    half = jnp.full((1, 8), 3e4, jnp.float16)  # its square is no number of float16
+    norm = GatedRMSNorm(2).apply({"params": {"scale": jnp.ones(8)}}, half, half)
+    assert norm.dtype == f32 and np.allclose(norm, 1)
+
+
+# --- initialization -----------------------------------------------------------------------------
+
+
+@cache
+def initial(**changes):
+    """The parameters of a model of two layers -> (all of them, the two mixers)."""
+    sizes = {"d_model": 96, "n_layer": 2, "vocab_size": 300, "head_dim": 1, "d_state": 3}
+    config = Mamba2Config(**sizes, tie_embeddings=False, bias=True, **changes)
     shape = jnp.zeros((1, 1), jnp.int32)
-    mixer = jax.jit(Mamba(c).init)(jax.random.key(0), shape)["params"]["layers_0"]["mixer"]
-    A = np.sort(np.exp(mixer["A_log"]))
-    assert np.abs(A - np.linspace(1, 16, 1024)).max() < 0.06 * 15
-    dt = np.sort(np.log(np.asarray(jax.nn.softplus(mixer["dt_bias"]))))
-    assert np.abs(dt - np.linspace(np.log(1e-3), np.log(0.1), 1024)).max() < 0.06 * np.log(100)
-    assert (np.asarray(mixer["D"]) == 1).all()
+    params = jax.jit(Mamba(config).init)(jax.random.key(5), shape)["params"]
+    return params, [params[f"layers_{i}"]["mixer"] for i in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "bound"),
+    [
+        ("in_proj", "kernel", 96**-0.5),
+        ("conv1d", "kernel", 4**-0.5),
+        ("conv1d", "bias", 4**-0.5),
+        ("out_proj", "kernel", (192 * 2) ** -0.5),  # ÷ √n_layer
+    ],
+)
+def test_initial_uniform(module, name, bound):
+    weights = [mixer[module][name] for mixer in initial()[1]]
+    assert_uniform(weights, -bound, bound)
+    assert not np.array_equal(*weights)  # every layer has draws of its own
+
+
+@pytest.mark.parametrize("limits", [(1.0, 16.0), (0.5, 2.0)])
+def test_initial_decays(limits):
+    mixers = initial()[1] if limits == (1.0, 16.0) else initial(A_init_range=limits)[1]
+    A = np.exp(np.float64([mixer["A_log"] for mixer in mixers]))
+    assert_uniform(A, limits[0] - 1e-5, limits[1] + 1e-5)
+    assert not np.array_equal(*A)
+
+
+def test_initial_time_steps():
+    steps = lambda mixers: np.logaddexp(0, np.float64([m["dt_bias"] for m in mixers]))  # noqa: E731
+    dt = steps(initial()[1])
+    assert_uniform(np.log(dt), math.log(1e-3) - 1e-5, math.log(0.1) + 1e-5)
+    dt = steps(initial(dt_min=1e-5, dt_max=1e-3)[1])
+    assert dt.min() == pytest.approx(1e-4, rel=1e-5)  # the floor
+    assert_uniform(np.log(dt[dt > 1.001e-4]), math.log(1e-4), math.log(1e-3) + 1e-5)
+    assert np.mean(dt < 1.001e-4) == pytest.approx(0.5, abs=0.1)
+
+
+def test_initial_rest():
+    params, mixers = initial()
+    for i, mixer in enumerate(mixers):
+        assert (mixer["D"] == 1).all() and (mixer["norm"]["scale"] == 1).all()
+        assert (params[f"layers_{i}"]["norm"]["scale"] == 1).all()
+        assert not mixer["in_proj"]["bias"].any() and not mixer["out_proj"]["bias"].any()
+    assert (params["norm_f"]["scale"] == 1).all()
+    embedding = np.ravel(params["embedding"]["embedding"]).astype(np.float64)
+    assert stats.kstest(embedding, stats.norm(0, 0.02).cdf).pvalue > 1e-3
+    assert_uniform(params["lm_head"]["kernel"], -(96**-0.5), 96**-0.5)
+    assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,10 @@ def test_last_logits(config):
     assert_close((logits, end), (expected[np.arange(3), lengths - 1], padded_end), 1e-5)
 
 
-@pytest.mark.parametrize("name", ["default", "d_conv=1", "d_conv=2", "mamba2"])
+PADDED = ["default", "d_conv=1", "d_conv=2", "mamba2", "mamba2, untied, biases"]
+
+
+@pytest.mark.parametrize("name", PADDED)
 def test_padded_rows_equal_the_rows_alone(name):
     config = CONFIGS[name]
     model, params = make(config)
@@ -121,7 +124,7 @@ def segments(row, end):
     return list(zip(edges[:-1], edges[1:], strict=True))
 
 
-@pytest.mark.parametrize("name", ["default", "d_conv=1", "d_conv=2", "mamba2"])
+@pytest.mark.parametrize("name", PADDED)
 @pytest.mark.parametrize("padded", [False, True])
 def test_packed_segments_are_the_segments_apart(name, padded):
     """Logits and next state, from the beginning and then going on from that state."""

@@ -64,6 +64,29 @@ def test_logits(pair, reference_models, length):
     assert error < 1e-5
 
 
+def test_what_we_save_is_what_transformers_wrote(pair, tmp_path):
+    """Every tensor bit for bit, under their names; a Falcon-Mamba as a folder that they load."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    theirs, ours, params = pair
+    ours.save_pretrained(params, tmp_path)
+    if ours.config.__dict__.get("select_norm_eps"):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert type(again) is type(theirs)
+    else:  # in the original naming, which says "embedding"
+        tensors = load_file(tmp_path / "model.safetensors")
+        tensors["backbone.embeddings.weight"] = tensors.pop("backbone.embedding.weight")
+        if ours.config.tie_embeddings:
+            tensors["lm_head.weight"] = tensors["backbone.embeddings.weight"]
+        again = type(theirs)(theirs.config)
+        again.load_state_dict(tensors, strict=True)
+    expected, found = theirs.state_dict(), again.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and (found[name] == tensor).all(), name
+
+
 class Numbers:
     """A tokenizer whose text is the token ids themselves, so that texts compare token for token."""
 

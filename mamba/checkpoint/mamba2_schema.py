@@ -6,6 +6,7 @@ from mamba.checkpoint.schema import (
     COMMON_SUPPORTED,
     ORIGINAL,
     TRANSFORMERS,
+    UNCHECKED,
     Key,
     Schema,
     TensorSpec,
@@ -58,6 +59,9 @@ MAMBA2 = Schema(
     },
     ignored=COMMON_IGNORED
     | {"ssm_cfg.chunk_size", "ssm_cfg.conv_init", "ssm_cfg.use_mem_eff_path"},
-    implied={"num_heads": (128, lambda config: config.n_heads)},
+    implied={
+        "num_heads": (128, lambda config: config.n_heads),
+        "intermediate_size": (UNCHECKED, lambda config: config.d_inner),  # its code reads expand
+    },
     mixer=mamba2_mixer,
 )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from mamba.checkpoint.files import read_json
 from mamba.checkpoint.mamba1_schema import FALCON_MAMBA, MAMBA
 from mamba.checkpoint.mamba2_schema import MAMBA2
-from mamba.checkpoint.schema import ORIGINAL, TRANSFORMERS, TensorSpec, projection
+from mamba.checkpoint.schema import ORIGINAL, TRANSFORMERS, UNCHECKED, TensorSpec, projection
 from mamba.checkpoint.tensors import CheckpointError, abridged, quote
 
 __all__ = ["read_config", "schema_of", "tensor_table", "write_config"]
@@ -65,10 +65,9 @@ def read_config(path, dtype=jnp.float32):
         raise CheckpointError(f"{path}: ssm_cfg must be an object, found {quote(nested)}")
     data |= {f"ssm_cfg.{key}": value for key, value in nested.items()}
 
-    if scheme == TRANSFORMERS:
-        data = _with_expand(path, data)
-
     schema = _find_schema(path, scheme, data)
+    if scheme == TRANSFORMERS and "intermediate_size" not in schema.implied:
+        data = _with_expand(path, data)
     keys = {field: getattr(key, scheme) for field, key in schema.keys.items()}
     keys = {field: key for field, key in keys.items() if key is not None}
     if scheme == ORIGINAL:  # the original code refuses keys that it does not know, and so do we
@@ -90,10 +89,11 @@ def read_config(path, dtype=jnp.float32):
         raise CheckpointError(f"{path}: {error}") from error
     if scheme == TRANSFORMERS:
         for key, (absent, size_of) in schema.implied.items():
-            if data.get(key, absent) != size_of(config):
+            value, implied = data.get(key, absent), size_of(config)
+            if value is not UNCHECKED and value != implied:
                 raise CheckpointError(
-                    f"{path}: {key} = {quote(data.get(key, absent))} does not fit the other sizes, "
-                    f"which make it {size_of(config)}"
+                    f"{path}: {key} = {quote(value)} does not fit the other sizes, which make it "
+                    f"{implied}"
                 )
     return config
 
@@ -184,7 +184,8 @@ def write_config(path, config):
 
     The dtype is not written, because the reader chooses it. In the original naming ``norm_epsilon``
     is written only if it is not 1e-5. The original code does not know the key: it refuses such a
-    file, and so does not compute with another eps.
+    file, and so does not compute with another eps. ``dt_limit`` is written only if there is one,
+    because JSON has no infinity. In transformers' naming ``vocab_size`` counts the padding too.
     """
     schema = schema_of(config)
     values = {field: getattr(config, field) for field in schema.keys}
@@ -197,8 +198,9 @@ def write_config(path, config):
         data |= {"fused_add_norm": True, "ssm_cfg": {}}
         if schema is not MAMBA:  # which the first files, and the code of their time, do not name
             data["ssm_cfg"]["layer"] = schema.layer
-        if values["norm_eps"] == type(config).norm_eps:
-            del values["norm_eps"]
+        for field in {"norm_eps", "dt_limit"} & values.keys():
+            if values[field] == getattr(type(config), field):
+                del values[field]
     for field, value in values.items():
         key = getattr(schema.keys[field], scheme)
         if key is not None:

@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict
 
 from mamba.checkpoint.files import sync_to_disk, write_atomically, write_tensors
 from mamba.checkpoint.hub import CONFIG, WEIGHTS
-from mamba.checkpoint.names import tensor_table, write_config
+from mamba.checkpoint.names import schema_of, tensor_table, write_config
 from mamba.checkpoint.tensors import compare_tensors
 
 __all__ = ["save_checkpoint"]
@@ -22,7 +22,8 @@ def save_checkpoint(config, params, folder):
             "save_pretrained(params, folder): params must be the dict of parameters, "
             f"got {type(params).__name__}"
         )
-    specs, flat = tensor_table(config), flatten_dict(params, sep=".")
+    embedding = "embedding" if schema_of(config).layer else "embeddings"  # as write_config's naming
+    specs, flat = tensor_table(config, embedding), flatten_dict(params, sep=".")
     compare_tensors(
         "params",
         {spec.path: (spec.our_shape, jnp.floating) for spec in specs},

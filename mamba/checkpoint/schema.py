@@ -9,6 +9,7 @@ __all__ = [
     "COMMON_IGNORED",
     "ORIGINAL",
     "TRANSFORMERS",
+    "UNCHECKED",
     "Key",
     "Schema",
     "TensorSpec",
@@ -18,6 +19,7 @@ __all__ = [
 ]
 
 ORIGINAL, TRANSFORMERS = "original", "transformers"  # the two naming schemes
+UNCHECKED = object()  # stands for the value of an implied key that may be absent
 
 
 class Key(NamedTuple):

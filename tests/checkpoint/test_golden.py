@@ -14,6 +14,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from mamba import Mamba
+from mamba.checkpoint.names import read_config
+from mamba.mamba2 import Mamba2Config
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "logits"
 CASES = sorted(path.name for path in GOLDEN.iterdir())
@@ -31,9 +33,16 @@ def case(request):
 
 
 def test_there_are_enough_cases():
-    assert len(CASES) >= 4
-    assert any(name.startswith("original") for name in CASES)
-    assert any(name.startswith("transformers") for name in CASES)
+    """Each generation in each naming that it has; Mamba-2 with every number of groups."""
+    assert len(CASES) >= 11
+    configs = {name: read_config(GOLDEN / name / "config.json") for name in CASES}
+    second = {k: c for k, c in configs.items() if isinstance(c, Mamba2Config)}
+    falcon = {k for k, c in configs.items() if getattr(c, "select_norm_eps", None)}
+    for names in (second, set(CASES) - set(second) - falcon):
+        assert {name.split("-")[0] for name in names} == {"original", "transformers"}
+    assert {c.n_groups for c in second.values()} == {1, 2, 3, 8}
+    assert {configs[name].tie_embeddings for name in falcon} == {True, False}
+    assert {c.tie_embeddings for c in second.values()} == {True, False}
 
 
 def test_logits(case):

@@ -71,9 +71,10 @@ def test_where_each_number_goes(tmp_path):
 
 
 @pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16, np.float64])
-def test_stored_in_another_dtype(tmp_path, stored):
-    arrays = random_arrays(TINY, dtype=stored)
-    _, params = Mamba.from_pretrained(write_folder(tmp_path, arrays=arrays))
+@pytest.mark.parametrize("name", ["defaults", "falcon", "mamba2"])
+def test_stored_in_another_dtype(tmp_path, name, stored):
+    arrays = random_arrays(CONFIGS[name], dtype=stored)
+    _, params = Mamba.from_pretrained(write_folder(tmp_path, CONFIGS[name], arrays=arrays))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
     np.testing.assert_array_equal(
         params["embedding"]["embedding"], arrays["backbone.embedding.weight"].astype(np.float32)
@@ -81,10 +82,11 @@ def test_stored_in_another_dtype(tmp_path, stored):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, "bfloat16", np.float16])
-def test_dtype_is_that_of_the_matrices(tmp_path, dtype):
-    model, params = Mamba.from_pretrained(write_folder(tmp_path), dtype=dtype)
+@pytest.mark.parametrize("name", ["defaults", "falcon", "mamba2", "mamba2, all"])
+def test_dtype_is_that_of_the_matrices(tmp_path, name, dtype):
+    model, params = Mamba.from_pretrained(write_folder(tmp_path, CONFIGS[name]), dtype=dtype)
     assert model.config.dtype == jnp.dtype(dtype)
-    kept = {"scale", "A_log", "D"}
+    kept = {"scale", "A_log", "D", "dt_bias"}
     for path, leaf in flatten_dict(params).items():
         float32 = path[-1] in kept or path[-2:] == ("dt_proj", "bias")
         assert leaf.dtype == (jnp.float32 if float32 else jnp.dtype(dtype)), path
@@ -137,18 +139,28 @@ def test_all_that_is_wrong_is_named(tmp_path):
     }
 
 
-@pytest.mark.parametrize("name", [spec.name for spec in tensor_table(CONFIGS["rank, biases"])])
-def test_no_tensor_may_be_missing(tmp_path, name):
-    config = CONFIGS["rank, biases"]
+every_tensor = pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (config, spec.name)
+        for config in ("rank, biases", "mamba2, all", "falcon, untied")
+        for spec in tensor_table(CONFIGS[config])
+    ],
+)
+
+
+@every_tensor
+def test_no_tensor_may_be_missing(tmp_path, config, name):
+    config = CONFIGS[config]
     arrays = random_arrays(config)
     del arrays[name]
     with pytest.raises(CheckpointError, match=f"missing: {re.escape(name)}"):
         Mamba.from_pretrained(write_folder(tmp_path, config, arrays=arrays))
 
 
-@pytest.mark.parametrize("name", [spec.name for spec in tensor_table(CONFIGS["rank, biases"])])
-def test_a_transposed_tensor_has_the_wrong_shape(tmp_path, name):
-    config = CONFIGS["rank, biases"]
+@every_tensor
+def test_a_transposed_tensor_has_the_wrong_shape(tmp_path, config, name):
+    config = CONFIGS[config]
     arrays = random_arrays(config)
     arrays[name] = arrays[name][None]
     with pytest.raises(CheckpointError, match=f"wrong shape: {re.escape(name)}: expected"):

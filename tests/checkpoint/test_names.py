@@ -338,3 +338,23 @@ def test_an_unusual_eps_is_written_and_the_usual_one_is_not(tmp_path):
     for config, expected in [(TINY, False), (CONFIGS["eps, dt"], True)]:
         write_config(tmp_path / "config.json", config)
         assert ("norm_epsilon" in json.loads((tmp_path / "config.json").read_text())) is expected
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "mamba2, all"])
+def test_what_is_written_is_json(tmp_path, name):
+    """Infinity, the usual upper limit of the time steps, is not: only Python reads it."""
+    write_config(tmp_path / "config.json", CONFIGS[name])
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    json.loads((tmp_path / "config.json").read_text(), parse_constant=refuse)
+
+
+def test_falcon_mamba_is_written_with_its_padding(tmp_path):
+    """transformers' naming has no unpadded size. The shapes of the parameters are the same."""
+    config = dataclasses.replace(CONFIGS["falcon"], vocab_size=13, pad_vocab_size_multiple=8)
+    write_config(tmp_path / "config.json", config)
+    found = read_config(tmp_path / "config.json")
+    assert found == dataclasses.replace(config, vocab_size=16, pad_vocab_size_multiple=1)
+    assert tensor_table(found) == tensor_table(config)

@@ -31,11 +31,14 @@ def test_there_and_back_bit_for_bit(tmp_path, name):
     ]
 
 
-def test_half_precision_there_and_back(tmp_path):
-    model, params = Mamba.from_pretrained(write_folder(tmp_path / "a"), dtype=jnp.bfloat16)
+@pytest.mark.parametrize("name", ["defaults", "falcon", "mamba2, all"])
+def test_half_precision_there_and_back(tmp_path, name):
+    folder = write_folder(tmp_path / "a", CONFIGS[name])
+    model, params = Mamba.from_pretrained(folder, dtype=jnp.bfloat16)
     model.save_pretrained(params, tmp_path / "b")
     stored = load_file(tmp_path / "b" / "model.safetensors")
-    assert stored["backbone.embedding.weight"].dtype == ml_dtypes.bfloat16
+    embedding = "embeddings" if name == "falcon" else "embedding"
+    assert stored[f"backbone.{embedding}.weight"].dtype == ml_dtypes.bfloat16
     again, read = Mamba.from_pretrained(tmp_path / "b", dtype=jnp.bfloat16)
     assert again == model
     assert_same_bits(read, params)

@@ -10,6 +10,7 @@ import pytest
 from mamba import Mamba
 from mamba.train.ablation import AblatedConfig
 from mamba.train.optimizer import make_optimizer, weight_decay_mask
+from tests.helpers.training import MODEL_2
 
 
 @pytest.mark.parametrize("selective", [("delta", "B", "C"), ()])
@@ -22,6 +23,14 @@ def test_weight_decay_mask(selective):
     layers = ["in_proj", "conv1d", "out_proj"] + (["x_proj", "dt_proj"] if selective else [])
     expected = {f"layers_0/mixer/{name}/kernel" for name in layers}
     assert names == expected | {"embedding/embedding", "lm_head/kernel"}
+
+
+def test_weight_decay_mask_of_mamba2():
+    shapes = jax.eval_shape(MODEL_2.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    mask = jax.tree_util.tree_leaves_with_path(weight_decay_mask(shapes["params"]))
+    names = {jax.tree_util.keystr(p, simple=True, separator="/") for p, decays in mask if decays}
+    layers = {f"layers_0/mixer/{name}/kernel" for name in ("in_proj", "conv1d", "out_proj")}
+    assert names == layers | {"embedding/embedding"}
 
 
 def test_decay_and_schedule():

@@ -15,6 +15,8 @@ from flax.traverse_util import flatten_dict
 from mamba.train.corpus import text_batches
 from mamba.train.saves import SAVE
 from tests.helpers.training import (
+    MODEL,
+    MODEL_2,
     STEPS,
     assert_same,
     before_batch,
@@ -36,17 +38,19 @@ def test_resumes_on_the_same_trajectory(whole, tmp_path, step):
     assert_same(run(before_batch(1, crash), folder=tmp_path, resume=True), whole)  # it is finished
 
 
-def test_resumes_in_the_middle_of_a_text(tmp_path):
+@pytest.mark.parametrize("model", [MODEL, MODEL_2], ids=["mamba", "mamba2"])
+def test_resumes_in_the_middle_of_a_text(tmp_path, model):
     """With the state that is carried along, over the end of an epoch."""
     rng = np.random.default_rng(0)
     token_ids = [rng.integers(0, 8, n).astype(np.int32) for n in (70, 111, 91)]
     batches = text_batches(token_ids, 8, 8)
-    straight = run(batches, carry=True, held_out=())
-    apart = run(batches, held_out=())
+    options = {"carry": True, "held_out": (), "model": model}
+    straight = run(batches, **options)
+    apart = run(batches, held_out=(), model=model)
     assert not np.allclose(straight.curve[1:, 0], apart.curve[1:, 0], rtol=1e-6)
     with pytest.raises(RuntimeError, match="power"):
-        run(before_batch(14, crash, batches), carry=True, held_out=(), folder=tmp_path)
-    assert_same(run(batches, carry=True, held_out=(), folder=tmp_path, resume=True), straight)
+        run(before_batch(14, crash, batches), **options, folder=tmp_path)
+    assert_same(run(batches, **options, folder=tmp_path, resume=True), straight)
 
 
 def test_killed_and_resumed(whole, tmp_path):
