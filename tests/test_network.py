@@ -95,7 +95,7 @@ def test_mamba2_130m_in_the_original_format():
     model, params = Mamba.from_pretrained(name)
     assert model.config == Mamba2Config(d_model=768, n_layer=24, vocab_size=50277)
     assert sum(p.size for p in jax.tree.leaves(params)) == 128_989_632
-    ids = load_tokenizer("state-spaces/mamba-130m-hf").encode(TEXT).ids
+    ids = load_tokenizer(name).encode(TEXT).ids
     assert nats_per_token(model, params, ids) < 3.5
 
 

@@ -76,18 +76,8 @@ def test_groups_from_one_to_the_heads(method, g):
     )
 
 
-ROUNDED = pytest.mark.xfail(strict=True, reason="a float32 running sum of thousands of Δ A")
-
-
-@pytest.mark.parametrize(
-    ("method", "l"),
-    [
-        *[(method, 517) for method in METHODS],
-        ("recurrence", 4096),
-        ("chunked", 4096),
-        pytest.param("quadratic", 4096, marks=ROUNDED),
-    ],
-)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("l", [517, 4096])
 def test_long(method, l):
     resets = np.random.default_rng(l).uniform(size=(1, l)) < 0.003
     check(random_inputs(1, l, 4, 2, 3, 2, seed=l), resets, method)
@@ -133,14 +123,7 @@ def test_a_decay_between_small_and_forgotten(method):
     check(inputs, None, method)
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        "recurrence",
-        pytest.param("chunked", marks=ROUNDED),
-        pytest.param("quadratic", marks=ROUNDED),
-    ],
-)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("fast", [-80.0, -16.0])
 def test_fast_steps_among_slow_ones(method, fast):
     """Steps that forget almost all, and nearly none: sums grow, and differences stay small."""
