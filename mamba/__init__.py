@@ -11,7 +11,6 @@ from mamba.mamba1 import LayerState, MambaBlock, MambaConfig
 from mamba.mamba2 import Mamba2Block, Mamba2Config, Mamba2State
 from mamba.model import Mamba, ResidualBlock
 from mamba.scan import selective_scan
-from mamba.ssd import ssd
 from mamba.text.generate import generate, stream
 from mamba.text.prompt import read_prompt
 from mamba.text.state import TextState, load_state, save_state, state_bytes
@@ -36,7 +35,6 @@ __all__ = [
     "read_prompt",
     "save_state",
     "selective_scan",
-    "ssd",
     "state_bytes",
     "stream",
 ]
