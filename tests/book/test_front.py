@@ -13,7 +13,8 @@ import nbformat
 import pytest
 import yaml
 
-from mamba import Mamba, Mamba2Config, MambaConfig, ssd
+from mamba import Mamba, Mamba2Config, MambaConfig
+from mamba.ssd import ssd
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))["parts"]
