@@ -5,7 +5,8 @@
 
 One layer of the 130m shape (24 heads of 64 channels, 128 states, one group), by four ways: ssd's
 "chunked" and "quadratic"; "lax.scan", the recurrence as one would first write it, which JAX
-differentiates; and "mamba-1", the selective scan with as many states. Then "chunked" with chunks of
+differentiates; "checkpoint", the same with a ``jax.checkpoint`` around every 64 steps; and the
+selective scan, "mamba-1" with as many states and "mamba-1, 16 states". Then "chunked" with chunks of
 other lengths; then the whole model, prefill and decoding, beside transformers (where PyTorch and
 transformers are installed), and how fast this machine reads the weights once. Where mamba2-jax is
 installed, its `ssd_forward` stands beside ours, with its default chunks of 256.
@@ -43,7 +44,7 @@ SECONDS, GIGABYTES = 1.0, 6.0
 STATES = {("lax.scan", "forward+backward"): 3}
 LIMITS = {("lax.scan", "forward+backward"): 8192, ("quadratic", "forward"): 8192}
 LIMITS |= {("quadratic", "forward+backward"): 2048, ("mamba-1", "forward+backward"): 8192}
-LIMITS |= {("mamba2-jax", "forward+backward"): 8192}
+LIMITS |= {("mamba2-jax", "forward+backward"): 8192, ("checkpoint", "forward+backward"): 8192}
 
 
 def random_inputs(l, h, p, n):
@@ -71,13 +72,34 @@ def plain(x, delta, A, B, C, D):
     return y.swapaxes(0, 1) + D[:, None] * x
 
 
-def mamba1(x, delta, A, B, C, D):
-    """The selective scan with as many channels and states, each state with its own decay."""
+def checkpointed(x, delta, A, B, C, D):
+    """``plain``, but of every 64 steps only the first state is stored."""
+    import jax
+    import jax.numpy as jnp
+
+    def step(h, inputs):
+        u_t, a_t, B_t, C_t = inputs  # (b, h, p), (b, h), (b, n), (b, n)
+        h = a_t[..., None, None] * h + u_t[..., None] * B_t[:, None, None]  # (b, h, p, n)
+        return h, jnp.einsum("bhpn,bn->bhp", h, C_t)
+
+    @jax.checkpoint
+    def steps(h, inputs):
+        return jax.lax.scan(step, h, inputs)
+
+    inputs = delta[..., None] * x, jnp.exp(delta * A), B[:, :, 0], C[:, :, 0]
+    inputs = [v.swapaxes(0, 1).reshape(-1, 64, 1, *v.shape[2:]) for v in inputs]
+    _, y = jax.lax.scan(steps, jnp.zeros((*x.shape[:1], *x.shape[2:], B.shape[-1])), inputs)
+    return y.reshape(-1, 1, *x.shape[2:]).swapaxes(0, 1) + D[:, None] * x
+
+
+def mamba1(x, delta, A, B, C, D, n=None):
+    """The selective scan with as many channels and n states, each state with its own decay."""
     import jax.numpy as jnp
 
     from mamba import selective_scan
 
     b, l, h, p = x.shape
+    B, C = B[..., :n], C[..., :n]
     channels = x.reshape(b, l, h * p)
     rates = jnp.repeat(A, p)[:, None] * jnp.linspace(0.9, 1.1, B.shape[-1])  # (d, n)
     steps = jnp.repeat(delta, p, axis=-1)
@@ -88,8 +110,12 @@ def find(method, chunk):
     """The function of a method."""
     if method == "lax.scan":
         return plain
+    if method == "checkpoint":
+        return checkpointed
     if method == "mamba-1":
         return mamba1
+    if method == "mamba-1, 16 states":
+        return functools.partial(mamba1, n=16)
     if method == "mamba2-jax":
         import jax.numpy as jnp
         from mamba2_jax import ssd_forward
@@ -271,7 +297,7 @@ def in_child(name, *arguments):
 
 
 def measure_all(lengths, chunks, sizes, shape):
-    methods = ["chunked", "lax.scan", "quadratic", "mamba-1"]
+    methods = ["chunked", "lax.scan", "quadratic", "mamba-1", "mamba-1, 16 states", "checkpoint"]
     if importlib.util.find_spec("mamba2_jax"):
         methods.append("mamba2-jax")
     for l in lengths:
@@ -279,6 +305,8 @@ def measure_all(lengths, chunks, sizes, shape):
             for method in methods:  # neighbours in time, so that their ratio is worth more
                 row = {"of": "layer", "method": method, "pass": which, "l": l} | sizes
                 reason = why_not(method, which, l, sizes)
+                if method == "checkpoint" and which == "forward":
+                    continue  # the same as "lax.scan"
                 if reason:
                     yield row | {"skipped": reason}
                 else:
