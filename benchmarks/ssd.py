@@ -6,8 +6,8 @@
 One layer of the 130m shape (24 heads of 64 channels, 128 states, one group), by four ways: ssd's
 "chunked" and "quadratic"; "lax.scan", the recurrence as one would first write it, which JAX
 differentiates; "checkpoint", the same with a ``jax.checkpoint`` around every 64 steps; and the
-selective scan, "mamba-1" with as many states and "mamba-1, 16 states". Then "chunked" with chunks of
-other lengths; then the whole model, prefill and decoding, beside transformers (where PyTorch and
+selective scan, "mamba-1" with as many states, and "mamba-1, 16 states". Then "chunked" with other
+chunk lengths; then the whole model, prefill and decoding, beside transformers (where PyTorch and
 transformers are installed), and how fast this machine reads the weights once. Where mamba2-jax is
 installed, its `ssd_forward` stands beside ours, with its default chunks of 256.
 

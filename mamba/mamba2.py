@@ -156,7 +156,7 @@ class Mamba2Block(nn.Module):
         B, C = jnp.split(BC.reshape(b, l, 2 * c.n_groups, c.d_state), 2, axis=2)  # (b, l, g, n)
 
         delta = zero_at_padding(self.time_steps(dt), lengths)  # (b, l, h)
-        A = -jnp.exp(self.param("A_log", log_uniform(*c.A_init_range), (c.n_heads,)))  # (h,)
+        A = -jnp.exp(self.param("A_log", log_of_uniform(*c.A_init_range), (c.n_heads,)))  # (h,)
         D = self.param("D", nn.initializers.ones, (c.n_heads,))  # (h,)
         y, h = ssd(x, delta, A, B, C, D, h0=state.ssm, resets=resets, return_state=True)
 
@@ -172,7 +172,7 @@ class Mamba2Block(nn.Module):
         return jnp.clip(nn.softplus(dt.astype(jnp.float32) + bias), *c.dt_limit)
 
 
-def log_uniform(low, high):
+def log_of_uniform(low, high):
     """An initializer: the logarithm of numbers that are uniform between low and high."""
     return lambda key, shape, dtype=jnp.float32: jnp.log(
         jax.random.uniform(key, shape, dtype, low, high)

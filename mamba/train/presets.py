@@ -106,7 +106,11 @@ class Preset:
         """Everything that defines a run but its seed, in types that JSON has -> dict."""
         model = {"selective": SELECTIVE} | dataclasses.asdict(config)
         model["dtype"] = jnp.dtype(config.dtype).name
-        return dataclasses.asdict(self) | {"model": model}
+        settings = dataclasses.asdict(self) | {"model": model}
+        # Runs of Mamba are saved as before there were other models, so that old saves resume.
+        if self.block == "mamba":
+            del settings["block"], model["select_norm_eps"]
+        return settings
 
 
 # "paper": Mamba, §4.1 and Appendix E.1 (its constant learning rates, no warm-up; no weight decay
