@@ -32,7 +32,7 @@ from _report import head, load_average, write
 ROOT = Path(__file__).resolve().parents[1]
 WRITTEN = [ROOT / path for path in ("benchmarks/results", "mamba_book/data")]
 LENGTHS = [64, 512, 2048, 8192, 65536]
-CHUNKS = [8, 16, 32, 64, 128, 256]
+CHUNKS = [16, 32, 64, 128, 256]
 LENGTH = 2048
 SIZES = {"h": 24, "p": 64, "n": 128}  # one layer of the 130m shape
 SHAPE = {"d_model": 768, "n_layer": 24, "vocab_size": 50277}
@@ -43,8 +43,8 @@ SECONDS, GIGABYTES = 1.0, 6.0
 # Arrays of l·h·p·n numbers that a method holds at its peak, and the longest text in half a minute.
 STATES = {("lax.scan", "forward+backward"): 3}
 LIMITS = {("lax.scan", "forward+backward"): 8192, ("quadratic", "forward"): 8192}
-LIMITS |= {("quadratic", "forward+backward"): 2048, ("mamba-1", "forward+backward"): 8192}
-LIMITS |= {("mamba2-jax", "forward+backward"): 8192, ("checkpoint", "forward+backward"): 8192}
+LIMITS |= {("quadratic", "forward+backward"): 2048, ("mamba-1", "forward+backward"): 2048}
+LIMITS |= {("mamba2-jax", "forward+backward"): 2048, ("checkpoint", "forward+backward"): 2048}
 
 
 def random_inputs(l, h, p, n):
