@@ -245,7 +245,7 @@ def test_the_parts_of_mamba2s_block_have_the_parameters_of_the_module():
     into, *out = widths["`in_proj`"]
     assert mixer["in_proj"]["kernel"].shape == (into, sum(out))
     assert mixer["out_proj"]["kernel"].shape == tuple(widths["`out_proj`"])
-    assert mixer["conv1d"]["kernel"].shape[1] == widths["`conv1d`"][0]
+    assert mixer["conv1d"]["kernel"].shape[1] == widths["`conv1d`"][0] == out[1]
 
 
 def test_the_shapes_of_mamba2_are_those_of_the_module():

@@ -53,6 +53,25 @@ def test_what_else_stands_on_a_page_is_not_printed_and_the_title_is(book):
     assert [text.rstrip("#").strip() for text in shown] == ["Mamba on one page"]
 
 
+def test_the_line_beside_the_title_does_not_reach_into_it(book):
+    """On paper the two share a line. A longer line, or a larger title, is found."""
+    title = "#mamba-on-one-page#mamba-on-one-page > h1"
+    larger = inject(f"<style>{title} {{font-size: 5rem !important}}</style>")
+    for alter, apart in [(None, True), (larger, False)]:
+        with book.open(SHEET, PAPER, media="print", alter=alter) as tab:
+            assert tab.evaluate(BESIDE_THE_TITLE) is apart
+
+
+def test_on_a_laptop_every_table_is_whole(book):
+    """No column of a table is behind a scroll bar, in either theme."""
+    for theme in ("light", "dark"):
+        with book.open(SHEET, 1280, theme) as tab:
+            assert tab.evaluate(SCROLLS) == []
+    wide = inject("<style>#block-of-mamba-2 td {min-width: 20em !important}</style>")
+    with book.open(SHEET, 1280, alter=wide) as tab:
+        assert tab.evaluate(SCROLLS) == ["block-of-mamba-2"]
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_it_is_legible_on_paper(book, theme):
     """Black, no smaller than 7 points, and nothing of a column reaches into the other."""
@@ -70,6 +89,22 @@ def test_what_is_not_legible_is_found(book):
         with book.open(SHEET, PAPER, media="print", alter=inject(fault)) as tab:
             assert tab.evaluate(LEGIBLE) != [], fault
 
+
+BESIDE_THE_TITLE = """() => {
+  const [title, line] = ["h1", "h1 + p"].map((element) => {
+    const range = document.createRange();
+    range.selectNodeContents(document.querySelector("#mamba-on-one-page > " + element));
+    return range.getBoundingClientRect();
+  });
+  return title.right < line.left || title.bottom <= line.top;
+}"""
+
+SCROLLS = """() => [...document.querySelectorAll("#mamba-on-one-page > section")]
+  .filter((section) => [...section.querySelectorAll("table")].some((table) => {
+    const box = table.closest(".pst-scrollable-table-container");
+    return box.scrollWidth > box.clientWidth + 1;
+  }))
+  .map((section) => section.id)"""
 
 LEGIBLE = """() => {
   const faults = [];
