@@ -92,6 +92,9 @@ class Mamba(nn.Module):
         check_lengths(lengths, tokens.shape)
         check_resets(resets, tokens.shape)
         tokens = jnp.where(tokens < 0, self.config.padded_vocab_size, tokens)  # NaN, no wrapping
+        if lengths is not None:  # any id may stand at padding
+            real = jnp.arange(tokens.shape[1]) < lengths[:, None]  # (b, l)
+            tokens = jnp.where(real, tokens, 0)
         x = self.embedding(tokens).astype(jnp.float32)  # (b, l, d_model)
         next_state = []
         for layer, layer_state in zip(self.layers, state or [None] * len(self.layers), strict=True):

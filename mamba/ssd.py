@@ -12,6 +12,7 @@ and inside a chunk it is computed as one. Pure functions of arrays.
 Source: Mamba-2 (Dao & Gu, 2024), §§5–6.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -70,8 +71,8 @@ def ssd(
         D: (h,) weight of the direct path from x to y, or None.
         h0: (b, h, p, n) state before the first token; None means zeros.
         resets: (b, l) True where a new segment starts: the state (also h0) is discarded before that
-            token, NaN and infinity included. Or None. (NaN in x reaches every output of its chunk:
-            a product of matrices multiplies it by 0.)
+            token, NaN and infinity included. Or None. (But for "recurrence", NaN or infinity in an
+            input reaches every output of its chunk: a product of matrices multiplies it by 0.)
         method: how to compute it.
             "recurrence": one step after another.
             "quadratic": the matrix of the whole sequence; l² numbers for each head.
@@ -163,9 +164,9 @@ def decays(log_a):
     """What is left of one moment of a chunk at another.
 
     A decay is the exponential of a difference of running sums of Δ A. To keep small differences
-    between large sums, each sum is taken in two parts: of Δ A in 64ths, which is exact, and of the
-    rest. A step that forgets all (Δ A < −87; a reset is one) is not in the sums: it starts a
-    segment, and nothing is left of another segment.
+    between large sums, each sum is taken in two parts: of Δ A in 64ths, which is exact in the 24
+    bits of float32, and of the rest. A step that forgets all (Δ A < −87; a reset is one) is not in
+    the sums: it starts a segment, and nothing is left of another segment.
 
     Args:
         log_a: (b, g, k, T), Δ A.
@@ -183,7 +184,8 @@ def decays(log_a):
 
     forgets = log_a < FORGOTTEN
     segment, kept = running_sum(forgets * 1.0), jnp.where(forgets, 0.0, log_a)
-    coarse = jnp.round(64 * kept) / 64
+    parts = 2.0 ** min(6, 24 - math.ceil(math.log2(-FORGOTTEN * T)))  # 64, fewer in a long chunk
+    coarse = jnp.round(parts * kept) / parts
     sums = running_sum(coarse), running_sum(kept - coarse)  # (b, g, k, T) each
 
     mask = earlier & (difference(segment) == 0)

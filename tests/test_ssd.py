@@ -134,6 +134,16 @@ def test_fast_steps_among_slow_ones(method, fast):
     check(inputs, None, method)
 
 
+def test_sums_of_a_long_chunk_of_fast_steps():
+    """Beyond 2^18, where float32 no longer holds every 64th."""
+    inputs = random_inputs(1, 4000, 1, 1, 1, 1)
+    inputs["A"] = np.array([-1.0])
+    inputs["delta"] = np.where(np.arange(4000) < 3600, 80.0, 0.01)[None, :, None]
+    y, h = jax.jit(partial(ssd, method="quadratic", return_state=True))(**as_float32(inputs))
+    y_ref, h_ref = ssd_loop(**inputs)
+    assert relative_error(y, y_ref) < 2e-5 and relative_error(h, h_ref) < 2e-5
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_reset_discards_nan(method):
     inputs = as_float32(random_inputs(2, 9, 2, 2, 3, 1))

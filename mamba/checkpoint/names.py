@@ -131,6 +131,8 @@ def _find_schema(path, scheme, data):
             f"{path}: attn_layer_idx = {quote(data['attn_layer_idx'])} makes a hybrid, which has "
             "attention in these layers: attention is not supported"
         )
+    if "model_type" not in data and data.keys() & {"mixer_rms_eps", "num_heads", "n_groups"}:
+        raise CheckpointError(f"{path}: has no model_type, and keys of another model than Mamba-1")
     if scheme == TRANSFORMERS:
         key, value, known = "model_type", model_type, {s.model_type: s for s in SCHEMAS}
     else:
@@ -175,7 +177,8 @@ def _number(value):
     """A number, maybe infinite, also in the form in which transformers writes that; or None."""
     if value == {"__float__": "Infinity"}:
         return math.inf
-    return float(value) if type(value) in (int, float) and value >= 0 else None
+    number = type(value) in (int, float) and (0 <= value < 1e9 or value == math.inf)
+    return float(value) if number else None
 
 
 def write_config(path, config):

@@ -163,9 +163,9 @@ def _preset(args):
     model = dict(preset.model)
     if args.dt_init:
         model["dt_min"], model["dt_max"] = args.dt_init
-    if args.d_state:
+    if args.d_state is not None:
         model["d_state"] = args.d_state
-    if args.head_dim:
+    if args.head_dim is not None:
         if args.block != "mamba2":
             raise ValueError("--head-dim is for --block mamba2: Mamba's block has no heads")
         model["head_dim"] = args.head_dim

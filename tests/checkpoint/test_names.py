@@ -304,6 +304,7 @@ def test_the_published_codestral_config(tmp_path):
         ("transformers", "n_groups", 3, "3 groups do not divide 4 heads"),
         ("transformers", "n_groups", None, "8 groups do not divide 4 heads"),
         ("transformers", "time_step_limit", [0, "Infinity"], "must be a pair of numbers"),
+        ("transformers", "time_step_limit", [0, 10**400], "must be a pair of numbers"),
         ("transformers", "hidden_act", "gelu", "in Mamba-2 it is 'silu'"),
     ],
 )
@@ -358,3 +359,15 @@ def test_falcon_mamba_is_written_with_its_padding(tmp_path):
     found = read_config(tmp_path / "config.json")
     assert found == dataclasses.replace(config, vocab_size=16, pad_vocab_size_multiple=1)
     assert tensor_table(found) == tensor_table(config)
+
+
+@pytest.mark.parametrize("key", ["mixer_rms_eps", "num_heads", "n_groups"])
+def test_a_file_without_model_type_is_no_other_generation(tmp_path, key):
+    """Such a file is Mamba-1's, unless it has keys that Mamba-1 does not have."""
+    path = tmp_path / "config.json"
+    data = {"hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 16}
+    path.write_text(json.dumps(data))
+    assert type(read_config(path)) is MambaConfig
+    path.write_text(json.dumps(data | {key: 1}))
+    with pytest.raises(CheckpointError, match="has no model_type"):
+        read_config(path)
