@@ -135,3 +135,110 @@ def ssd_gradients(dy, dh, x, delta, A, B, C, D, h0, resets=None):
     n = B.shape[-1]
     grads |= {"B": dB.reshape(b, l, g, k, n).sum(3), "C": dC.reshape(b, l, g, k, n).sum(3)}
     return grads | {"D": (dy * x).sum((0, 1, 3)), "h0": gradient}
+
+
+def _turn(v, angle, pairs):
+    """v (b, h, r, n), its first s pairs turned by angle (b, h, s), and the places of the pairs."""
+    s, n = angle.shape[-1], v.shape[-1]
+    first = 2 * np.arange(s) if pairs == "interleaved" else np.arange(s)
+    second = first + (1 if pairs == "interleaved" else n // 2)
+    cos, sin = np.cos(angle)[:, :, None], np.sin(angle)[:, :, None]  # (b, h, 1, s)
+    out = np.array(v)
+    out[..., first] = cos * v[..., first] - sin * v[..., second]
+    out[..., second] = sin * v[..., first] + cos * v[..., second]
+    return out, (first, second)
+
+
+def _write(x, B):
+    """Σ_r x_r ⊗ B_r: (b, h, r, p), (b, h, r, n) -> (b, h, p, n)."""
+    return np.einsum("bhrp,bhrn->bhpn", x, B)
+
+
+def trapezoid_loop(
+    x, delta, A, lam, B, C, theta, D, state, pairs="interleaved", resets=None, kept=None
+):
+    """Mamba-3's recurrence in float64, token by token.
+
+    Args: as ``mamba.trapezoid.trapezoidal_scan`` has them; state: angle, h, B, x. Where Δ = 0, there
+        is no token. kept: a list, to which (state before, the angle, B̃, C̃) of each token goes.
+
+    Returns:
+        y (b, l, h, r, p), and the state after the last token.
+    """
+    angle, h, last_B, last_x = (np.array(v, np.float64) for v in state)
+    y = np.zeros(x.shape)
+    for t in range(x.shape[1]):
+        if resets is not None:
+            new = resets[:, t, None, None]  # (b, 1, 1)
+            angle = np.where(new, 0.0, angle)
+            h, last_B, last_x = (np.where(new[..., None], 0.0, v) for v in (h, last_B, last_x))
+        before = angle, h, last_B, last_x
+        real = delta[:, t, :, None, None] != 0  # (b, h, 1, 1)
+        angle = np.where(real[..., 0], angle + theta[:, t], angle)
+        B_t, C_t = (_turn(v[:, t], angle, pairs)[0] for v in (B, C))
+        if kept is not None:
+            kept.append((*before, angle, B_t, C_t))
+        step, share = delta[:, t, :, None, None], lam[:, t, :, None, None]
+        alpha = np.exp(step * A[:, t, :, None, None])
+        beta, gamma = (1 - share) * step * alpha, share * step
+        h_t = alpha * h + beta * _write(last_x, last_B) + gamma * _write(x[:, t], B_t)
+        h = np.where(real, h_t, h)
+        y_t = np.einsum("bhpn,bhrn->bhrp", h, C_t) + D[:, None, None] * x[:, t]
+        y[:, t] = np.where(real, y_t, 0.0)
+        last_B, last_x = np.where(real, B_t, last_B), np.where(real, x[:, t], last_x)
+    return y, (angle, h, last_B, last_x)
+
+
+def trapezoid_gradients(
+    dy, dstate, x, delta, A, lam, B, C, theta, D, state, pairs="interleaved", resets=None
+):
+    """Gradients of Σ dy y + Σ dstate state by the adjoint recurrence, in float64.
+
+    -> dict by argument; "state": four arrays. Padding (Δ = 0) has no gradient.
+    """
+    kept = []
+    trapezoid_loop(x, delta, A, lam, B, C, theta, D, state, pairs, resets, kept)
+    inputs = {"x": x, "delta": delta, "A": A, "lam": lam, "B": B, "C": C, "theta": theta, "D": D}
+    grads = {name: np.zeros(v.shape) for name, v in inputs.items()}
+    dangle, dh, dB_last, dx_last = (np.array(v, np.float64) for v in dstate)
+    for t in reversed(range(x.shape[1])):
+        _, h, last_B, last_x, angle, B_t, C_t = kept[t]
+        real = delta[:, t, :, None, None] != 0  # (b, h, 1, 1)
+        step, share, rate = (v[:, t, :, None, None] for v in (delta, lam, A))
+        alpha = np.exp(step * rate)
+        beta, gamma = (1 - share) * step * alpha, share * step
+        earlier, own = _write(last_x, last_B), _write(x[:, t], B_t)
+        h_t = np.where(real, alpha * h + beta * earlier + gamma * own, h)
+
+        dy_t = np.where(real, dy[:, t], 0.0)
+        grads["D"] += (dy_t * x[:, t]).sum((0, 2, 3))
+        dC = np.einsum("bhpn,bhrp->bhrn", h_t, dy_t)
+        dh = dh + _write(dy_t, C_t)
+        g = np.where(real, dh, 0.0)  # of h_t, where there is a token
+        dalpha, dbeta, dgamma = ((g * v).sum((2, 3)) for v in (h, earlier, own))  # (b, h)
+        # α = e^{ΔA}, β = (1 − λ) Δ α, γ = λ Δ
+        s, k, r, a = step[..., 0, 0], share[..., 0, 0], rate[..., 0, 0], alpha[..., 0, 0]
+        dalpha = dalpha + dbeta * (1 - k) * s
+        grads["A"][:, t] = dalpha * a * s
+        grads["lam"][:, t] = s * (dgamma - dbeta * a)
+        grads["delta"][:, t] = dalpha * a * r + dbeta * (1 - k) * a + dgamma * k
+
+        at_x, at_B = np.einsum("bhpn,bhrn->bhrp", g, B_t), np.einsum("bhpn,bhrp->bhrn", g, x[:, t])
+        grads["x"][:, t] = D[:, None, None] * dy_t + gamma * at_x + np.where(real, dx_last, 0.0)
+        dB = gamma * at_B + np.where(real, dB_last, 0.0)
+        # d/dθ of a turned pair (a, b) is (−b, a); back to B and C by the opposite turn.
+        for name, turned, d in (("B", B_t, dB), ("C", C_t, dC)):
+            grads[name][:, t], (i, j) = _turn(d, -angle, pairs)
+            dangle += (d[..., j] * turned[..., i] - d[..., i] * turned[..., j]).sum(2)
+        grads["theta"][:, t] = np.where(real[..., 0], dangle, 0.0)
+
+        dB_last = np.where(real, 0.0, dB_last) + beta * np.einsum("bhpn,bhrp->bhrn", g, last_x)
+        dx_last = np.where(real, 0.0, dx_last) + beta * np.einsum("bhpn,bhrn->bhrp", g, last_B)
+        dh = np.where(real, alpha * dh, dh)
+        if resets is not None:
+            new = resets[:, t, None, None]
+            dangle = np.where(new, 0.0, dangle)
+            dh, dB_last, dx_last = (
+                np.where(new[..., None], 0.0, v) for v in (dh, dB_last, dx_last)
+            )
+    return grads | {"state": (dangle, dh, dB_last, dx_last)}
