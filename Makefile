@@ -4,6 +4,7 @@ PYTHON ?= python3
 PORT ?= 8000
 ARGS ?=
 VERSIONS ?= newest
+RECORDS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -16,7 +17,7 @@ export JAX_PLATFORMS ?= cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help book serve free-port test test-core browser colab versions badges parity network-test fuzz
-.PHONY: portability bench chapter api format lint clean
+.PHONY: kernel-records portability bench chapter api format lint clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -50,6 +51,10 @@ parity: $(PARITY) ## compare with transformers' PyTorch Mamba (installs PyTorch)
 
 network-test: $(INSTALLED) ## compare with the published outputs of the published weights
 	$(BIN)/pytest -m network tests $(ARGS)
+
+kernel-records: $(INSTALLED) ## compare with recorded outputs of Mamba-3's kernels (RECORDS=folder)
+	@test -n "$(RECORDS)" || echo "no RECORDS=folder given: see tests/test_kernel_records.py for the public files"
+	RECORDS="$(RECORDS)" $(BIN)/pytest -m kernel_records -rs tests/test_kernel_records.py $(ARGS)
 
 fuzz: $(FUZZ) ## search for weights files that break the readers (installs atheris)
 	@set -e; for target in bin pickle safetensors; do echo "$$target"; \

@@ -1,4 +1,4 @@
-"""From a differential equation to a recurrence: four rules, one interface.
+"""From a differential equation to a recurrence: four rules with one interface, and a fifth.
 
 A linear state space model changes continuously,
 
@@ -9,7 +9,9 @@ a time Δ (``delta``), and returns the matrices of the recurrence
 
     h_t = A_bar h_{t-1} + B_bar x_t,
 
-where h_t is the state at the *end* of the interval in which x_t was held.
+where h_t is the state at the *end* of the interval in which x_t was held. The fifth rule,
+``trapezoid_diag``, takes the input as sampled at both ends of an interval, so it has two matrices
+for it.
 
 For a dense A: (n, n), B: (n,), delta a scalar. For a diagonal A, the functions that end in
 ``_diag`` work elementwise on arrays of any shapes that broadcast, so one call discretizes a whole
@@ -26,6 +28,7 @@ __all__ = [
     "euler",
     "euler_diag",
     "mixed_diag",
+    "trapezoid_diag",
     "zoh",
     "zoh_diag",
 ]
@@ -118,6 +121,38 @@ def mixed_diag(A: Float[Array, "..."], B: Float[Array, "..."], delta: Float[Arra
     issues 114 and 121). It is exact for the memory and first order in Δ for the input.
     """
     return jnp.exp(delta * A), delta * B
+
+
+def trapezoid_diag(
+    A: Float[Array, "..."],
+    B: Float[Array, "..."],
+    delta: Float[Array, "..."],
+    lam: Float[Array, "..."] = 0.5,
+):
+    """Mamba-3's rule, the exponential trapezoid, elementwise.
+
+        h_t = A_bar h_{t−1} + B_before x_{t−1} + B_now x_t
+        A_bar = exp(Δ A),    B_before = (1 − λ) Δ exp(Δ A) B_{t−1},    B_now = λ Δ B_t
+
+    The input adds ∫ exp((t − s) A) B(s) x(s) ds over one interval to the state. This rule replaces
+    the integral by a weighted mean of the integrand at the two ends, times Δ. With λ = 1/2 it is
+    the trapezoid rule, second order in Δ; with any other fixed λ it is first order; λ = 1 is
+    ``mixed_diag``.
+
+    Args:
+        A: rate.
+        B: weight of the input. B_before is for the same B; where B changes with the token, it takes
+            that of the token before.
+        delta: Δ, the length of the interval.
+        lam: λ from 0 to 1, the share of the end of the interval.
+
+    Returns:
+        A_bar, B_before, B_now. The arguments may have any shapes that broadcast.
+
+    Source: Mamba-3 (Lahoti et al., 2026), §3.1.
+    """
+    A_bar = jnp.exp(delta * A)
+    return A_bar, (1 - lam) * delta * A_bar * B, lam * delta * B
 
 
 def _check_dense(A, B):

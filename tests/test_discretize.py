@@ -16,6 +16,7 @@ from mamba.discretize import (
     euler,
     euler_diag,
     mixed_diag,
+    trapezoid_diag,
     zoh,
     zoh_diag,
 )
@@ -189,6 +190,50 @@ def test_sigmoid_gate():
     gate = 1 / (1 + np.exp(-np.float64(u)))
     np.testing.assert_allclose(A_bar, 1 - gate, rtol=1e-5)
     np.testing.assert_allclose(B_bar, gate, rtol=1e-5)
+
+
+def global_error(rule, steps):
+    """|h(2) − exact| for h′ = a h + sin(3 t) from 0, in so many steps of ``rule``."""
+    a, delta = -1.5, 2.0 / steps
+    A_bar, *B = map(float, rule(a, 1.0, delta))
+    h = 0.0
+    for t in range(1, steps + 1):
+        samples = np.sin(3 * delta * np.array([t - 1, t]))[-len(B) :]
+        h = A_bar * h + float(np.dot(B, samples))
+    exact = (3 * np.exp(2 * a) - a * np.sin(6.0) - 3 * np.cos(6.0)) / (a**2 + 9)
+    return abs(h - exact)
+
+
+@pytest.mark.parametrize(
+    ("rule", "order"),
+    [
+        (zoh_diag, 1),
+        (euler_diag, 1),
+        (bilinear_diag, 1),
+        (mixed_diag, 1),
+        (partial(trapezoid_diag, lam=1.0), 1),
+        (partial(trapezoid_diag, lam=0.3), 1),
+        (trapezoid_diag, 2),
+    ],
+)
+def test_order_of_the_error_for_an_input_that_changes(rule, order, double):
+    """To hold a sample costs an order, whatever the rule; the trapezoid wins it back."""
+    coarse, fine = global_error(rule, 400), global_error(rule, 800)
+    assert abs(np.log2(coarse / fine) - order) < 0.1
+
+
+def test_the_trapezoid_with_all_weight_at_the_end_is_the_mixed_rule():
+    A, B, delta = jnp.float32([-1, -16, 0]), jnp.float32([3, -2, 1]), jnp.float32(0.1)
+    A_bar, B_before, B_now = trapezoid_diag(A, B, delta, 1.0)
+    assert not np.asarray(B_before).any()
+    assert relative_error((A_bar, B_now), mixed_diag(A, B, delta)) == 0
+
+
+def test_trapezoid_diag_by_hand():
+    A_bar, B_before, B_now = trapezoid_diag(-2.0, 3.0, 0.5, 0.25)
+    np.testing.assert_allclose(A_bar, np.exp(-1.0), rtol=1e-6)
+    np.testing.assert_allclose(B_before, 0.75 * 0.5 * np.exp(-1.0) * 3, rtol=1e-6)
+    np.testing.assert_allclose(B_now, 0.25 * 0.5 * 3, rtol=1e-6)
 
 
 # --- gradients ------------------------------------------------------------------------------------
