@@ -17,7 +17,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "book" / "api.md"
 READING_ORDER = (
-    *("discretize", "lti", "scan", "chunked", "kernels", "pallas", "ssd", "trapezoid"),
+    *("discretize", "lti", "scan", "chunked", "kernels", "pallas", "ssd", "rotation", "trapezoid"),
     *("layers", "config", "mamba1", "mamba2", "model"),
     *("checks", "interrupts", "checkpoint", "text", "train"),
 )

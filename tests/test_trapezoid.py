@@ -7,14 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba.trapezoid import (
-    METHODS,
-    PAIRS,
-    TrapezoidState,
-    fixed_point_turns,
-    running_angle,
-    trapezoidal_scan,
-)
+from mamba.rotation import PAIRS
+from mamba.trapezoid import METHODS, TrapezoidState, trapezoidal_scan
 from mamba_book.reference import relative_error, trapezoid_gradients, trapezoid_loop
 
 ALONG_TIME = ("x", "delta", "A", "lam", "B", "C", "theta")
@@ -333,10 +327,9 @@ def test_a_reset_discards_nan(method):
         v[0] = np.nan
     for v in clean["state"]:
         v[0] = 0.0
-    if method != "quadratic":
-        for name in ("x", "B", "theta"):
-            inputs[name] = np.array(inputs[name])
-            inputs[name][1, 5] = np.nan
+    for name in ("x", "B", "theta"):
+        inputs[name] = np.array(inputs[name])
+        inputs[name][1, 5] = np.nan
 
     def run(inputs):
         y, state = trapezoidal_scan(**inputs, **options, return_state=True)
@@ -350,8 +343,7 @@ def test_a_reset_discards_nan(method):
     assert error(state[1:], state_clean[1:]) < 1e-6
     assert not any(np.asarray(v)[0].any() for v in gradients["state"])
     assert relative_error(gradients["x"][0], expected["x"][0]) < 1e-6
-    if method != "quadratic":
-        assert np.isnan(y[1, 5:8]).any()
+    assert np.isnan(y[1, 5:8]).any()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -365,33 +357,6 @@ def test_no_gradient_crosses_a_reset(method):
     for name in ("x", "delta", "A", "lam", "B", "theta"):
         gradient = np.asarray(gradients[name])
         assert not gradient[:, :4].any() and gradient.any(), name
-
-
-# --- angles -------------------------------------------------------------------------------------
-
-
-def test_turns_are_exact_to_a_unit():
-    rng = np.random.default_rng(0)
-    angle = np.float32(np.concatenate([rng.uniform(-16, 16, 10**5), rng.normal(size=10**5) * 1e-3]))
-    expected = np.round(np.float64(angle) / (2 * np.pi) * 2**32) % 2**32
-    difference = (np.int64(fixed_point_turns(angle)) - np.int64(expected)) % 2**32
-    assert np.minimum(difference, 2**32 - difference).max() <= 1
-
-
-@pytest.mark.parametrize("size", [0.01, 3.0, 15.0])
-def test_angles_stay_exact_over_long_texts(size):
-    """65,536 tokens that turn the same way, at once and in slices."""
-    rng = np.random.default_rng(0)
-    theta = np.float32(size * rng.uniform(0.5, 1, (1, 65536, 1, 2)))
-    start = np.float32(rng.uniform(-3, 3, (1, 1, 2)))
-    exact = np.float64(start)[:, None] + np.cumsum(np.float64(theta), axis=1)
-    angle = running_angle(theta, start, None)
-    assert angle_error(angle, exact) < 3e-6  # 65,536 roundings of 2^-32 turns, and one to float32
-    for part in np.split(theta, 64, axis=1):
-        start = running_angle(part, start, None)[:, -1]
-    assert angle_error(start, exact[:, -1]) < 3e-6
-    naive = jnp.cumsum(theta, axis=1)
-    assert angle_error(naive, exact - np.float64(exact[:, :1] - theta[:, :1])) > 1e-4
 
 
 def test_nan_in_an_angle_is_not_lost():
@@ -454,7 +419,7 @@ def test_memory_of_a_backward_pass_grows_linearly():
         ({"state": (1, 2, 3, 4)}, TypeError, "state must be a TrapezoidState, got tuple"),
         ({"pairs": "thirds"}, ValueError, "unknown pairs 'thirds'"),
         ({"method": "tree"}, ValueError, "unknown method 'tree'"),
-        ({"method": "quadratic", "chunk": 4}, ValueError, "'quadratic' takes no chunk"),
+        ({"method": "recurrence", "chunk": 4}, ValueError, "'recurrence' takes no chunk"),
         ({"method": "chunked", "chunk": 0}, ValueError, "chunk must be a number of tokens"),
         ({"resets": np.zeros((1, 5))}, TypeError, "resets must be bool"),
     ],
