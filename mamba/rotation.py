@@ -45,7 +45,7 @@ def running_angle(theta, start, resets):
     Args:
         theta: (b, l, h, s) the angles that each token adds, in radians.
         start: (b, h, s) the angles before the first token.
-        resets: (b, l) True where θ begins again at 0, before that token.
+        resets: (b, l) True where θ begins again at 0, before that token; or None.
 
     Returns:
         θ: (b, l, h, s), from −π to π.
@@ -66,13 +66,16 @@ def _running_angle_jvp(primals, tangents):
 
 def _from_start(v, start, resets):
     """Sums over time of v (b, l, h, s): from start (b, h, s), and from 0 at each reset."""
-    resets = resets[..., None, None]
-    start = jnp.where(resets[:, 0], jnp.zeros_like(start), start)
+    if resets is not None:
+        resets = resets[..., None, None]
+        start = jnp.where(resets[:, 0], jnp.zeros_like(start), start)
     return running_sum(v.at[:, 0].add(start), resets)
 
 
-def running_sum(v, starts, *, reverse=False):
-    """Sums along axis 1, begun anew wherever ``starts``; ``reverse``: from the end."""
+def running_sum(v, starts=None, *, reverse=False):
+    """Sums along axis 1, begun anew wherever ``starts``, if given; ``reverse``: from the end."""
+    if starts is None:
+        return jax.lax.associative_scan(jnp.add, v, axis=1, reverse=reverse)
 
     def add(left, right):
         (total, started), (more, start) = left, right

@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 METHODS = ("recurrence", "chunked")
-ROWS = 64  # rows of a chunk's matrix: r for each token
+ROWS = 32  # rows of a chunk's matrix: r for each token
 
 
 class TrapezoidState(NamedTuple):
@@ -102,7 +102,7 @@ def trapezoidal_scan(
             "recurrence": one step after another.
             "chunked": the matrix of each chunk, and one chunk after another.
             "auto": "chunked"; "recurrence" for a single token.
-        chunk: T, tokens in a chunk, for "chunked"; 64 / r by default.
+        chunk: T, tokens in a chunk, for "chunked"; 32 / r by default.
         return_state: also return the state after the last token.
 
     Returns:
@@ -145,8 +145,8 @@ def trapezoidal_scan(
     delta = jnp.where(real, delta, 0.0)  # as it is, but without a gradient at padding
     theta = jnp.where(real[..., None], theta, 0.0)
     log_a, before, now = delta * A, (1 - lam) * delta, lam * delta  # log α, β / α, γ
-    resets = jnp.zeros((b, l), bool) if resets is None else resets
-    log_a = jnp.where(resets[..., None], -jnp.inf, log_a)  # a reset: a step that forgets all
+    if resets is not None:
+        log_a = jnp.where(resets[..., None], -jnp.inf, log_a)  # a reset: a step that forgets all
     angle = running_angle(theta, state.angle, resets)  # (b, l, h, s)
     turn = [f(angle)[..., None, :] for f in (jnp.cos, jnp.sin)]  # (b, l, h, 1, s)
 

@@ -44,7 +44,7 @@ def as_float32(inputs):
 def error(actual, expected):
     """The largest relative error of arrays with elements: s may be 0."""
     pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
-    return max(relative_error(a, e) for a, e in pairs if np.size(e))
+    return max((relative_error(a, e) for a, e in pairs if np.size(e)), default=0.0)
 
 
 def angle_error(actual, expected):
@@ -74,12 +74,8 @@ def check(inputs, pairs="interleaved", resets=None, method="auto", chunk=None):
     for name, actual, expected in zip(STATE[1:], state[1:], state_ref[1:], strict=True):
         assert relative_error(actual, expected) < 2e-5, name
     expected = trapezoid_gradients(dy, dstate, **inputs, pairs=pairs, resets=resets)
-    for name in [name for name in grads if np.size(inputs[name]) or name == "state"]:
-        assert (
-            error(grads[name], tuple(expected[name])) < 2e-4
-            if name == "state"
-            else (relative_error(grads[name], expected[name]) < 2e-4)
-        ), name
+    for name in grads:
+        assert error(grads[name], expected[name]) < 2e-4, name
 
 
 def some(shape, probability, seed=0):
@@ -89,7 +85,7 @@ def some(shape, probability, seed=0):
 # --- against the loop ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["auto", *METHODS])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize(
     ("b", "l", "h", "r", "p", "n", "s", "pairs"),
@@ -107,7 +103,7 @@ def test_agrees_with_float64(method, b, l, h, r, p, n, s, pairs, reset):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("pairs", PAIRS)
-@pytest.mark.parametrize("s", [0, 1, 2, 3])
+@pytest.mark.parametrize("s", [0, 3])
 def test_any_number_of_angles(method, pairs, s):
     check(random_inputs(1, 21, 2, 2, 2, 6, s), pairs, None, method)
 
