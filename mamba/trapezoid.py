@@ -157,7 +157,9 @@ def trapezoidal_scan(
         last, y = jax.lax.scan(step, state[1:], steps, unroll=l == 1)
         y = jnp.moveaxis(y, 0, 1)  # (b, l, h, r, p)
     else:
-        upcoming = running_sum(before, real, reverse=True)  # β / α of the first token from here on
+        # β / α of the first token from here on; none if it discards the state
+        upcoming = jnp.where(log_a < FORGOTTEN, 0.0, before)
+        upcoming = running_sum(upcoming, real, reverse=True)  # (b, l, h)
         write = jnp.where(real, now + jnp.pad(upcoming[:, 1:], ((0, 0), (0, 1), (0, 0))), 0.0)
         h_first = state.h + outer(upcoming[:, 0], state.x, state.B)
         scalars = [v[..., None, None] for v in (log_a, write, now)]  # (b, l, h, 1, 1)
@@ -189,12 +191,11 @@ def trapezoid_step(pairs, state, inputs):
     Returns:
         the next state, and y (b, h, r, p) without D x.
     """
-    h, last_B, last_x = state
     x, log_a, before, now, B, C, cos, sin, real = inputs
     B, C = rotate(B, cos, sin, pairs), rotate(C, cos, sin, pairs)
     a, forgets, real = (v[..., None, None] for v in (jnp.exp(log_a), log_a < FORGOTTEN, real))
-    h = a * jnp.where(forgets, 0.0, h + outer(before, last_x, last_B)) + outer(now, x, B)
-    last_B, last_x = (jnp.where(forgets, 0.0, v) for v in (last_B, last_x))
+    h, last_B, last_x = (jnp.where(forgets, 0.0, v) for v in state)
+    h = a * (h + outer(before, last_x, last_B)) + outer(now, x, B)
     last = jnp.where(real, B, last_B), jnp.where(real, x, last_x)
     return (h, *last), jnp.einsum("bhpn,bhrn->bhrp", h, C)
 
@@ -214,6 +215,7 @@ def trapezoid_chunk(pairs, state, inputs):
     x, log_a, write, now, B, C, cos, sin = inputs
     B, C = rotate(B, cos, sin, pairs), rotate(C, cos, sin, pairs)
     L, from_start, to_end = decays(log_a[..., 0])  # (b, h, 1, T, T), (b, h, 1, T) twice
+    state = jnp.where(from_start[..., :1] == 0, 0.0, state)  # no product sees its NaN, either
     own = jnp.eye(L.shape[-1], dtype=bool)
     M = jnp.where(own, now, L * write.swapaxes(-1, -2))[:, :, :, :, None]  # (b, h, 1, T, 1, T)
     fit = jnp.einsum("bhrtn,bhqsn->bhrtqs", C, B)
