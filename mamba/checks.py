@@ -16,6 +16,7 @@ __all__ = [
     "check_shapes",
     "check_state",
     "check_tokens",
+    "choose_method",
     "forms",
 ]
 
@@ -73,6 +74,20 @@ def check_chunk(chunk):
     if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
         raise ValueError(f"chunk must be a number of tokens, at least 1, got {chunk!r}")
     return chunk
+
+
+def choose_method(method, methods, default, chunk):
+    """The method that "auto" stands for, if it is among ``methods`` -> method.
+
+    Raises:
+        ValueError: an unknown method, or a chunk for another method than "chunked".
+    """
+    method = default if method == "auto" else method
+    if method not in methods:
+        raise ValueError(f"unknown method {method!r}: expected 'auto' or one of {sorted(methods)}")
+    if chunk is not None and method != "chunked":
+        raise ValueError(f"method {method!r} takes no chunk: only 'chunked' does")
+    return method
 
 
 def check_tokens(tokens, vocab_size):

@@ -31,6 +31,7 @@ __all__ = [
     "pad_to_chunks",
     "states_by_loop",
     "states_by_tree",
+    "to_chunks",
 ]
 
 CACHED_CHANNELS = 1024  # channels whose arrays of one chunk fit a CPU core's cache together
@@ -113,6 +114,13 @@ def gradients_by_tree(tree, a, C, dy, resets, g):
 def pad_to_chunks(v, T):
     """(b, l, ...) -> the same with zeros after it, to whole chunks: Δ = 0 changes no state."""
     return jnp.pad(v, ((0, 0), (0, -v.shape[1] % T), *((0, 0) for _ in v.shape[2:])))
+
+
+def to_chunks(v, T):
+    """(b, l, …, k) -> (l / T, b, …, T, k): time next to the last axis."""
+    v = pad_to_chunks(v, T)
+    v = v.reshape(v.shape[0], v.shape[1] // T, T, *v.shape[2:])
+    return jnp.moveaxis(v, (1, 2), (0, -2))
 
 
 def forward_by_loop(T, x, delta, A, B, C, h0, resets):

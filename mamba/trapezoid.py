@@ -1,15 +1,11 @@
 """The recurrence of Mamba-3: a two-point rule in time, a state that turns, several inputs a step.
 
     h_t = α_t h_{t−1} + β_t Σ_r x_{t−1,r} ⊗ B̃_{t−1,r} + γ_t Σ_r x_{t,r} ⊗ B̃_{t,r}
-    y_{t,r} = h_t C̃_{t,r} + D x_{t,r}
-    α = exp(Δ A),    β = (1 − λ) Δ α,    γ = λ Δ
+    y_{t,r} = h_t C̃_{t,r} + D x_{t,r},    α = exp(Δ A),  β = (1 − λ) Δ α,  γ = λ Δ
 
-B̃ and C̃ are B and C, turned by an angle that adds up over the tokens: what a state with complex
-eigenvalues does, in real numbers. The rule is ``mamba.discretize.trapezoid_diag``.
-
+B̃ and C̃ are B and C, turned (``mamba.rotation``); the rule is ``mamba.discretize.trapezoid_diag``.
 As a matrix: token s writes with the weight γ_s at once, and with (1 − λ) Δ of the next token more
-before that token fades it all. So the mask of Mamba-2 has these two weights in one, but on its
-diagonal only the first:
+before that token fades it all. So Mamba-2's mask has both weights, but on its diagonal one:
 
     y = (M ∘ C̃ B̃ᵀ) x,    M_ts = α_{s+1} … α_t (γ_s + (1 − λ_{s+1}) Δ_{s+1}) for s < t,    M_tt = γ_t
 
@@ -23,17 +19,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mamba.checks import check_axes, check_chunk, check_shapes
-from mamba.chunked import pad_to_chunks
+from mamba.checks import check_axes, check_chunk, check_shapes, choose_method
+from mamba.chunked import to_chunks
 from mamba.rotation import PAIRS, rotate, running_angle, running_sum
 from mamba.ssd import FORGOTTEN, decays, faded
 
 __all__ = [
     "METHODS",
     "TrapezoidState",
+    "outer",
+    "scan_chunks",
     "trapezoid_chunk",
+    "trapezoid_chunk_gradients",
     "trapezoid_step",
     "trapezoidal_scan",
+    "two_point_mask",
 ]
 
 METHODS = ("recurrence", "chunked")
@@ -111,7 +111,8 @@ def trapezoidal_scan(
     Where Δ = 0, there is no token. The state passes through unchanged, also its angle and its last
     B̃ and x, so that the next token finds the last real one; y is 0, and no gradient comes from
     there. This is not the limit of small Δ: a token with a small Δ writes little at once, but the
-    next token finds it. The memory of a backward pass grows linearly in l.
+    next token finds it. The memory of a backward pass grows linearly in l. Forward-mode derivatives
+    (``jax.jvp``) exist for "recurrence" only.
 
     Raises:
         ValueError: shapes that do not fit, a size of 0 other than s, more than n / 2 angles, an
@@ -137,7 +138,8 @@ def trapezoidal_scan(
         raise TypeError(f"state must be a TrapezoidState, got {type(state).__name__}")
     for name, v, zero in zip(state._fields, state, zeros, strict=True):
         check_shapes({f"state.{name}": zero.shape}, **{f"state.{name}": v})
-    method, T = _choose(method, chunk, l, r)
+    method = choose_method(method, METHODS, "recurrence" if l == 1 else "chunked", chunk)
+    T = min(l, max(1, ROWS // r) if chunk is None else check_chunk(chunk))
 
     dtype, real = x.dtype, delta != 0  # (b, l, h)
     x, delta, A, lam, B, C, theta = (jnp.asarray(v, jnp.float32) for v in inputs.values())
@@ -157,15 +159,15 @@ def trapezoidal_scan(
         last, y = jax.lax.scan(step, state[1:], steps, unroll=l == 1)
         y = jnp.moveaxis(y, 0, 1)  # (b, l, h, r, p)
     else:
-        # β / α of the first token from here on; none if it discards the state
-        upcoming = jnp.where(log_a < FORGOTTEN, 0.0, before)
-        upcoming = running_sum(upcoming, real, reverse=True)  # (b, l, h)
+        forgets = log_a < FORGOTTEN
+        # β / α of the first token from here on; none if it discards the state.
+        upcoming = running_sum(jnp.where(forgets, 0.0, before), real, reverse=True)  # (b, l, h)
         write = jnp.where(real, now + jnp.pad(upcoming[:, 1:], ((0, 0), (0, 1), (0, 0))), 0.0)
-        h_first = state.h + outer(upcoming[:, 0], state.x, state.B)
+        kept = [jnp.where(forgets[:, 0, :, None, None], 0.0, v) for v in state[1:]]
+        h_first = kept[0] + outer(upcoming[:, 0], kept[2], kept[1])
         scalars = [v[..., None, None] for v in (log_a, write, now)]  # (b, l, h, 1, 1)
-        chunks = [_to_chunks(v, T) for v in (x, *scalars, B, C, *turn)]  # (l / T, b, h, ·, T, ·)
-        body = jax.checkpoint(partial(trapezoid_chunk, pairs), prevent_cse=False)
-        h_last, y = jax.lax.scan(body, h_first, chunks)
+        chunks = [to_chunks(v, T) for v in (x, *scalars, B, C, *turn)]  # (l / T, b, h, ·, T, ·)
+        h_last, y = scan_chunks(pairs, h_first, *chunks)
         y = jnp.moveaxis(y, (0, -2), (1, 2)).reshape(b, -1, h, r, p)[:, :l]
         last = h_last, *_last_token(state, log_a, x, B, turn, real, pairs)
     if D is not None:
@@ -210,22 +212,100 @@ def trapezoid_chunk(pairs, state, inputs):
             (b, h, 1, T, 1) each; B, C (b, h, r, T, n); cos θ, sin θ (b, h, 1, T, s) each.
 
     Returns:
-        the next state, and y (b, h, r, T, p) without D x.
+        the next state, and the two parts of y without D x, (b, h, r, T, p) each: what the tokens
+        of the chunk wrote, and what the state brought.
     """
     x, log_a, write, now, B, C, cos, sin = inputs
     B, C = rotate(B, cos, sin, pairs), rotate(C, cos, sin, pairs)
-    L, from_start, to_end = decays(log_a[..., 0])  # (b, h, 1, T, T), (b, h, 1, T) twice
-    state = jnp.where(from_start[..., :1] == 0, 0.0, state)  # no product sees its NaN, either
-    own = jnp.eye(L.shape[-1], dtype=bool)
-    M = jnp.where(own, now, L * write.swapaxes(-1, -2))[:, :, :, :, None]  # (b, h, 1, T, 1, T)
+    _, M, from_start, to_end = two_point_mask(log_a, write, now)
     fit = jnp.einsum("bhrtn,bhqsn->bhrtqs", C, B)
     inside = jnp.einsum("bhrtqs,bhqsp->bhrtp", M * fit, x)
     before = faded(from_start, jnp.einsum("bhpn,bhrtn->bhrtp", state, C))
     written = jnp.einsum("bhrtp,bhrtn->bhpn", faded(to_end, write * x), B)
-    return faded(from_start[..., -1], state) + written, inside + before
+    return faded(from_start[..., -1], state) + written, inside, before
 
 
-# --- what surrounds the methods -----------------------------------------------------------------
+def two_point_mask(log_a, write, now):
+    """The mask M (b, h, 1, T, 1, T), and L, from_start and to_end of ``mamba.ssd.decays``."""
+    L, from_start, to_end = decays(log_a[..., 0])  # (b, h, 1, T, T), (b, h, 1, T) twice
+    own = jnp.eye(L.shape[-1], dtype=bool)
+    M = jnp.where(own, now, L * write.swapaxes(-1, -2))  # (b, h, 1, T, T)
+    return L, M[:, :, :, :, None], from_start, to_end
+
+
+# --- a backward pass of its own, as in mamba.ssd --------------------------------------------------
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scan_chunks(pairs, state, *inputs):
+    """``trapezoid_chunk`` for one chunk after another: the first axis of every input."""
+    return _scan_forward(pairs, state, *inputs)[0]
+
+
+def _scan_forward(pairs, state, *inputs):
+    def chunk(first, chunk_inputs):
+        state, inside, before = trapezoid_chunk(pairs, first, chunk_inputs)
+        return state, (inside + before, first, before)
+
+    state, (y, firsts, befores) = jax.lax.scan(chunk, state, inputs)
+    return (state, y), (firsts, befores, *inputs)
+
+
+def _scan_backward(pairs, saved, cotangents):
+    dstate, dy = cotangents
+    chunk = partial(trapezoid_chunk_gradients, pairs)
+    dstate, gradients = jax.lax.scan(chunk, dstate, (dy, *saved), reverse=True)
+    return dstate, *gradients
+
+
+scan_chunks.defvjp(_scan_forward, _scan_backward)
+
+
+def trapezoid_chunk_gradients(pairs, dstate, inputs):
+    """The adjoint of ``trapezoid_chunk``: each product again, one factor replaced by a gradient.
+
+    Args:
+        pairs: as in ``trapezoidal_scan``.
+        dstate: (b, h, p, n) gradient of the state after the chunk.
+        inputs: the gradient of y, the state before the chunk, what that brought to y, and the
+            inputs of ``trapezoid_chunk``.
+
+    Returns:
+        the gradient of the state before the chunk, and those of the inputs.
+    """
+    dy, state, before, x, log_a, write, now, B, C, cos, sin = inputs
+    turn = lambda B, C, *turn: (rotate(B, *turn, pairs), rotate(C, *turn, pairs))  # noqa: E731
+    (B, C), turn_back = jax.vjp(turn, B, C, cos, sin)
+    L, M, from_start, to_end = two_point_mask(log_a, write, now)
+    state = jnp.where(from_start[..., :1] == 0, 0.0, state)  # a reset discards its NaN, too
+    fit = jnp.einsum("bhrtn,bhqsn->bhrtqs", C, B)
+
+    d_masked = jnp.einsum("bhrtp,bhqsp->bhrtqs", dy, x)
+    dM = (d_masked * fit).sum((2, 4))[:, :, None]  # (b, h, 1, T, T)
+    dread, at_x = faded(from_start, dy), jnp.einsum("bhpn,bhrsn->bhrsp", dstate, B)
+    dx = jnp.einsum("bhrtqs,bhrtp->bhqsp", M * fit, dy) + faded(to_end, write * at_x)
+    dB = jnp.einsum("bhrtqs,bhrtn->bhqsn", M * d_masked, C)
+    dB += jnp.einsum("bhrsp,bhpn->bhrsn", faded(to_end, write * x), dstate)
+    dC = jnp.einsum("bhrtqs,bhqsn->bhrtn", M * d_masked, B)
+    dC += jnp.einsum("bhrtp,bhpn->bhrtn", dread, state)
+
+    earlier = jnp.tril(jnp.ones(L.shape[-2:]), -1)  # s < t
+    dpairs = jnp.where(earlier, L * dM, 0.0)  # (b, h, 1, T, T)
+    at_end = faded(to_end, x * at_x).sum((2, 4))[:, :, None]  # (b, h, 1, T)
+    dwrite, weight = dpairs.sum(-2) + at_end, write[..., 0]
+    # Δ A of token i is part of every decay from before i to i or after it.
+    from_i = partial(jnp.einsum, "ti,bhkts->bhkis", 1 - earlier.T, precision="highest")
+    pairs_over = (from_i(dpairs * weight[..., None, :]) * earlier).sum(-1)  # s < i <= t
+    reads = from_i((dy * before).sum((2, 4))[:, :, None, :, None])[..., 0]
+    writes = jnp.einsum("is,bhks->bhki", earlier, at_end * weight, precision="highest")
+    through = from_start[..., -1:] * (dstate * state).sum((-1, -2))[..., None, None]
+    dlog_a = pairs_over + reads + writes + through
+    dlog_a = jnp.where(log_a[..., 0] < FORGOTTEN, 0.0, dlog_a)
+
+    dstate = faded(from_start[..., -1], dstate) + jnp.einsum("bhrtp,bhrtn->bhpn", dread, C)
+    dnow = jnp.diagonal(dM, axis1=-2, axis2=-1)
+    dB, dC, dcos, dsin = turn_back((dB, dC))
+    return dstate, (dx, *(v[..., None] for v in (dlog_a, dwrite, dnow)), dB, dC, dcos, dsin)
 
 
 def _last_token(state, log_a, x, B, turn, real, pairs):
@@ -239,20 +319,3 @@ def _last_token(state, log_a, x, B, turn, real, pairs):
         jnp.where(event < 0, old, jnp.where(event % 2 == 1, new, 0.0))
         for old, new in ((state.B, rotate(B, *turn, pairs)), (state.x, x))
     ]
-
-
-def _to_chunks(v, T):
-    """(b, l, h, r, k) -> (l / T, b, h, r, T, k). Zeros fill the last chunk and change no state."""
-    v = pad_to_chunks(v, T)
-    return jnp.moveaxis(v.reshape(v.shape[0], -1, T, *v.shape[2:]), (1, 2), (0, -2))
-
-
-def _choose(method, chunk, l, r):
-    """The method that "auto" stands for, and T."""
-    if method == "auto":
-        method = "recurrence" if l == 1 else "chunked"
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: expected 'auto' or one of {sorted(METHODS)}")
-    if chunk is not None and method != "chunked":
-        raise ValueError(f"method {method!r} takes no chunk: only 'chunked' does")
-    return method, min(l, max(1, ROWS // r) if chunk is None else check_chunk(chunk))
