@@ -98,10 +98,8 @@ def trapezoidal_scan(
         resets: (b, l) True where a new segment starts, or None. The state is discarded before that
             token, NaN and infinity included, and so is what the token before it would still write.
             (NaN in x, B or C reaches every output of its chunk.)
-        method: how to compute it.
-            "recurrence": one step after another.
-            "chunked": the matrix of each chunk, and one chunk after another.
-            "auto": "chunked"; "recurrence" for a single token.
+        method: "recurrence": one step after another; "chunked": the matrix of each chunk, and one
+            chunk after another; "auto": "chunked", or "recurrence" for a single token.
         chunk: T, tokens in a chunk, for "chunked"; 32 / r by default.
         return_state: also return the state after the last token.
 
@@ -117,15 +115,14 @@ def trapezoidal_scan(
     Raises:
         ValueError: shapes that do not fit, a size of 0 other than s, more than n / 2 angles, an
             unknown method or pairing, or a chunk that the method does not take.
-        TypeError: what is no array, no floating-point numbers, resets that are not bool, or a state
-            that is no TrapezoidState.
+        TypeError: no array, no floating-point numbers, resets not bool, no TrapezoidState.
     """
     check_axes(x=(x, "b l h r p"), B=(B, "b l h r n"))
     (b, l, h, r, p), n = x.shape, B.shape[-1]
     s = theta.shape[-1] if getattr(theta, "shape", ()) else 0
     shapes = {"x": x.shape} | dict.fromkeys(("delta", "A", "lam"), (b, l, h))
-    shapes |= dict.fromkeys("BC", (b, l, h, r, n)) | {"theta": (b, l, h, s)}
-    shapes |= {"D": (h,), "resets": (b, l)}
+    shapes |= {"theta": (b, l, h, s), "D": (h,), "resets": (b, l)}
+    shapes |= dict.fromkeys("BC", (b, l, h, r, n))
     inputs = {"x": x, "delta": delta, "A": A, "lam": lam, "B": B, "C": C, "theta": theta}
     check_shapes(shapes, **inputs, D=D, resets=resets)
     if s > n // 2:
@@ -155,8 +152,7 @@ def trapezoidal_scan(
     if method == "recurrence":
         steps = [jnp.moveaxis(v, 1, 0) for v in (x, log_a, before, now, B, C, *turn, real)]
         # One token needs no loop, which would copy the state.
-        step = partial(trapezoid_step, pairs)
-        last, y = jax.lax.scan(step, state[1:], steps, unroll=l == 1)
+        last, y = jax.lax.scan(partial(trapezoid_step, pairs), state[1:], steps, unroll=l == 1)
         y = jnp.moveaxis(y, 0, 1)  # (b, l, h, r, p)
     else:
         forgets = log_a < FORGOTTEN
@@ -182,16 +178,10 @@ def outer(weight, x, B):
 
 
 def trapezoid_step(pairs, state, inputs):
-    """One token.
+    """One token -> the next state, and y (b, h, r, p) without D x.
 
-    Args:
-        pairs: as in ``trapezoidal_scan``.
-        state: h (b, h, p, n), and B̃ (b, h, r, n) and x (b, h, r, p) of the token before.
-        inputs: x (b, h, r, p); log α, β / α, γ (b, h) each; B, C (b, h, r, n); cos θ, sin θ
-            (b, h, 1, s) each; whether there is a token, (b, h).
-
-    Returns:
-        the next state, and y (b, h, r, p) without D x.
+    state: h (b, h, p, n), and B̃ (b, h, r, n) and x (b, h, r, p) of the token before. inputs: x; log
+    α, β / α, γ (b, h) each; B, C; cos θ, sin θ (b, h, 1, s) each; whether there is a token (b, h).
     """
     x, log_a, before, now, B, C, cos, sin, real = inputs
     B, C = rotate(B, cos, sin, pairs), rotate(C, cos, sin, pairs)
@@ -205,15 +195,11 @@ def trapezoid_step(pairs, state, inputs):
 def trapezoid_chunk(pairs, state, inputs):
     """One chunk of T tokens, by products of matrices.
 
-    Args:
-        pairs: as in ``trapezoidal_scan``.
-        state: h (b, h, p, n) before the chunk, with all that the token before will write.
-        inputs: x (b, h, r, T, p); log α, the weight with which each token writes, γ
-            (b, h, 1, T, 1) each; B, C (b, h, r, T, n); cos θ, sin θ (b, h, 1, T, s) each.
-
-    Returns:
-        the next state, and the two parts of y without D x, (b, h, r, T, p) each: what the tokens
-        of the chunk wrote, and what the state brought.
+    state: h (b, h, p, n) before the chunk, with all that the token before will write. inputs: x
+    (b, h, r, T, p); log α, the weight with which each token writes, γ (b, h, 1, T, 1) each; B, C
+    (b, h, r, T, n); cos θ, sin θ (b, h, 1, T, s) each.
+    -> the next state, and the two parts of y without D x, (b, h, r, T, p) each: what the tokens of
+    the chunk wrote, and what the state brought
     """
     x, log_a, write, now, B, C, cos, sin = inputs
     B, C = rotate(B, cos, sin, pairs), rotate(C, cos, sin, pairs)
@@ -264,14 +250,9 @@ scan_chunks.defvjp(_scan_forward, _scan_backward)
 def trapezoid_chunk_gradients(pairs, dstate, inputs):
     """The adjoint of ``trapezoid_chunk``: each product again, one factor replaced by a gradient.
 
-    Args:
-        pairs: as in ``trapezoidal_scan``.
-        dstate: (b, h, p, n) gradient of the state after the chunk.
-        inputs: the gradient of y, the state before the chunk, what that brought to y, and the
-            inputs of ``trapezoid_chunk``.
-
-    Returns:
-        the gradient of the state before the chunk, and those of the inputs.
+    dstate: (b, h, p, n) gradient of the state after the chunk. inputs: the gradient of y, the state
+    before the chunk, what that brought to y, and the inputs of ``trapezoid_chunk``.
+    -> the gradient of the state before the chunk, and those of the inputs of ``trapezoid_chunk``
     """
     dy, state, before, x, log_a, write, now, B, C, cos, sin = inputs
     turn = lambda B, C, *turn: (rotate(B, *turn, pairs), rotate(C, *turn, pairs))  # noqa: E731
@@ -299,8 +280,7 @@ def trapezoid_chunk_gradients(pairs, dstate, inputs):
     reads = from_i((dy * before).sum((2, 4))[:, :, None, :, None])[..., 0]
     writes = jnp.einsum("is,bhks->bhki", earlier, at_end * weight, precision="highest")
     through = from_start[..., -1:] * (dstate * state).sum((-1, -2))[..., None, None]
-    dlog_a = pairs_over + reads + writes + through
-    dlog_a = jnp.where(log_a[..., 0] < FORGOTTEN, 0.0, dlog_a)
+    dlog_a = jnp.where(log_a[..., 0] < FORGOTTEN, 0.0, pairs_over + reads + writes + through)
 
     dstate = faded(from_start[..., -1], dstate) + jnp.einsum("bhrtp,bhrtn->bhpn", dread, C)
     dnow = jnp.diagonal(dM, axis1=-2, axis2=-1)

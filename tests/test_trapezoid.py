@@ -13,6 +13,7 @@ from mamba_book.reference import relative_error, trapezoid_gradients, trapezoid_
 
 ALONG_TIME = ("x", "delta", "A", "lam", "B", "C", "theta")
 STATE = TrapezoidState._fields
+scan = jax.jit(trapezoidal_scan, static_argnames=("pairs", "method", "chunk", "return_state"))
 
 
 def random_inputs(b, l, h, r, p, n, s, seed=0):
@@ -57,7 +58,7 @@ def angle_error(actual, expected):
 def with_gradients(inputs, dy, dstate, resets, pairs, method, chunk):
     """-> (y, state), and the gradients of Σ dy ⊙ y + Σ dstate ⊙ state in every argument."""
     options = {"pairs": pairs, "resets": resets, "method": method, "chunk": chunk}
-    out, pull = jax.vjp(lambda v: trapezoidal_scan(**v, **options, return_state=True), inputs)
+    out, pull = jax.vjp(lambda v: scan(**v, **options, return_state=True), inputs)
     return out, pull((dy, dstate))[0]
 
 
@@ -162,7 +163,7 @@ def test_a_small_step_before_a_large_one(method):
     inputs = random_inputs(1, 40, 1, 1, 2, 4, 2)
     inputs["delta"] = np.where(np.arange(40)[:, None] % 2, 50.0, 1e-4)[None]
     inputs["A"], inputs["D"] = np.full((1, 40, 1), -1.0), np.zeros(1)
-    y = trapezoidal_scan(**as_float32(inputs), method=method)
+    y = scan(**as_float32(inputs), method=method)
     expected, _ = trapezoid_loop(**inputs)
     small = slice(2, None, 2)  # Δ A = −50 lies before them
     assert relative_error(y[:, small], expected[:, small]) < 2e-5
@@ -206,7 +207,7 @@ def test_the_matrix_of_the_whole_sequence(pairs, r):
     zeros = TrapezoidState.zeros(2, 2, r, 3, 6, 2)
     assert relative_error(trapezoid_loop(**inputs, state=zeros, pairs=pairs)[0], expected) < 1e-12
     for method in METHODS:
-        y = trapezoidal_scan(**as_float32(inputs), pairs=pairs, method=method)
+        y = scan(**as_float32(inputs), pairs=pairs, method=method)
         assert relative_error(y, expected) < 2e-5, method
 
 
@@ -220,7 +221,7 @@ def cut(inputs, start, stop):
 @pytest.mark.parametrize("method", METHODS)
 def test_segments_of_any_lengths_continue_each_other(method):
     inputs = as_float32(random_inputs(2, 70, 2, 2, 3, 4, 2))
-    run = partial(trapezoidal_scan, pairs="halves", method=method, return_state=True)
+    run = partial(scan, pairs="halves", method=method, return_state=True)
     y, state = run(**inputs)
     ys, now, ends = [], inputs["state"], [0, 1, 2, 9, 40, 41, 70]
     for start, stop in zip(ends, ends[1:], strict=False):
@@ -249,8 +250,8 @@ def test_padding_changes_nothing(method, places):
     padded, places = with_padding(inputs, list(places), 41), list(places)
     check(padded, "halves", None, method, 8 if method == "chunked" else None)
     options = {"pairs": "halves", "method": method, "return_state": True}
-    y, state = trapezoidal_scan(**as_float32(padded), **options)
-    expected, state_alone = trapezoidal_scan(**as_float32(inputs), **options)
+    y, state = scan(**as_float32(padded), **options)
+    expected, state_alone = scan(**as_float32(inputs), **options)
     assert relative_error(y[:, places], expected) < 2e-6
     assert not np.delete(y, places, axis=1).any()
     assert angle_error(state.angle, state_alone.angle) == 0
@@ -264,7 +265,7 @@ def test_rows_of_different_lengths_continue(method):
     lengths = np.array([20, 7, 0])
     real = np.arange(20) < lengths[:, None]
     ragged = inputs | {"delta": np.where(real[..., None], inputs["delta"], 0.0)}
-    run = partial(trapezoidal_scan, return_state=True)
+    run = partial(scan, return_state=True)
     _, state = run(**as_float32(ragged), method=method)
     more = as_float32(random_inputs(3, 5, 2, 1, 3, 4, 2, seed=3))
     y, last = run(**more | {"state": state, "D": np.float32(inputs["D"])}, method=method)
@@ -281,7 +282,7 @@ def test_rows_of_different_lengths_continue(method):
 def test_padding_alone_leaves_the_state(method):
     inputs = as_float32(random_inputs(2, 9, 2, 2, 3, 4, 2))
     inputs["delta"] = np.zeros_like(inputs["delta"])
-    y, state = trapezoidal_scan(**inputs, method=method, return_state=True)
+    y, state = scan(**inputs, method=method, return_state=True)
     assert not np.asarray(y).any()
     assert angle_error(state.angle, inputs["state"].angle) < 5e-7
     assert error(state[1:], inputs["state"][1:]) == 0
@@ -303,7 +304,7 @@ def test_packed_segments_are_each_as_alone(method):
     inputs = as_float32(random_inputs(1, 50, 2, 2, 3, 4, 2))
     resets = np.zeros((1, 50), bool)
     resets[0, [0, 17, 18]] = True
-    run = partial(trapezoidal_scan, pairs="halves", method=method, return_state=True)
+    run = partial(scan, pairs="halves", method=method, return_state=True)
     y, state = run(**inputs, resets=resets)
     for start, stop in ((0, 17), (17, 18), (18, 50)):
         alone, end = run(**cut(inputs, start, stop) | {"state": None})
@@ -328,11 +329,11 @@ def test_a_reset_discards_nan(method):
         inputs[name][1, 5] = np.nan
 
     def run(inputs):
-        y, state = trapezoidal_scan(**inputs, **options, return_state=True)
+        y, state = scan(**inputs, **options, return_state=True)
         return y[0].sum() + y[1, 8:].sum() + sum(v.sum() for v in state[1:]), (y, state)
 
-    gradients, (y, state) = jax.grad(run, has_aux=True)(inputs)
-    expected, (y_clean, state_clean) = jax.grad(run, has_aux=True)(clean)
+    run = jax.jit(jax.grad(run, has_aux=True))
+    (gradients, (y, state)), (expected, (y_clean, state_clean)) = run(inputs), run(clean)
     assert relative_error(y[0], y_clean[0]) < 1e-6
     assert relative_error(y[1, 8:], y_clean[1, 8:]) < 1e-6
     assert angle_error(state.angle, state_clean.angle) == 0
@@ -350,8 +351,8 @@ def test_no_gradient_crosses_a_reset(method):
     inputs = as_float32(random_inputs(1, 9, 2, 2, 3, 4, 2))
     resets = np.zeros((1, 9), bool)
     resets[0, 4] = True
-    run = lambda v: trapezoidal_scan(**v, resets=resets, method=method)[:, 4:].sum()  # noqa: E731
-    gradients = jax.grad(run)(inputs)
+    run = lambda v: scan(**v, resets=resets, method=method)[:, 4:].sum()  # noqa: E731
+    gradients = jax.jit(jax.grad(run))(inputs)
     assert not any(np.asarray(v).any() for v in gradients["state"])
     for name in ("x", "delta", "A", "lam", "B", "theta"):
         gradient = np.asarray(gradients[name])
@@ -362,7 +363,7 @@ def test_nan_in_an_angle_is_not_lost():
     inputs = as_float32(random_inputs(1, 9, 1, 1, 2, 4, 2))
     inputs["theta"][0, 4, 0, 1] = np.nan
     for method in METHODS:
-        y, state = trapezoidal_scan(**inputs, method=method, return_state=True)
+        y, state = scan(**inputs, method=method, return_state=True)
         assert np.isnan(y[0, 4:]).any() and np.isnan(state.h).any()
 
 
@@ -375,14 +376,14 @@ def test_what_is_left_out(method):
     inputs = random_inputs(2, 40, 2, 1, 2, 4, 2)
     zeros = inputs | {"D": np.zeros(2), "state": TrapezoidState.zeros(2, 2, 1, 2, 4, 2)}
     expected, _ = trapezoid_loop(**zeros)
-    y = trapezoidal_scan(**as_float32({k: inputs[k] for k in ALONG_TIME}), method=method)
+    y = scan(**as_float32({k: inputs[k] for k in ALONG_TIME}), method=method)
     assert relative_error(y, expected) < 2e-5
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_computes_in_float32_and_returns_the_dtype_of_x(dtype):
     inputs = jax.tree.map(lambda v: jnp.asarray(v, dtype), random_inputs(1, 33, 2, 2, 2, 4, 2))
-    y, state = trapezoidal_scan(**inputs, return_state=True)
+    y, state = scan(**inputs, return_state=True)
     expected, last = trapezoid_loop(**jax.tree.map(lambda v: np.asarray(v, np.float64), inputs))
     assert y.dtype == dtype and all(v.dtype == jnp.float32 for v in state)
     assert error(state[1:], last[1:]) < 2e-5 and relative_error(y, expected) < 1e-2
@@ -393,7 +394,7 @@ def test_memory_of_a_backward_pass_grows_linearly():
 
     def peak(l):
         inputs = as_float32(random_inputs(1, l, 2, 1, 32, 32, 4))
-        loss = lambda v: trapezoidal_scan(**v).sum()  # noqa: E731
+        loss = lambda v: scan(**v).sum()  # noqa: E731
         return jax.jit(jax.grad(loss)).lower(inputs).compile().memory_analysis().temp_size_in_bytes
 
     assert peak(4096) < 2.2 * peak(2048)
