@@ -33,6 +33,8 @@ class ModelConfig:
     Raises ValueError for sizes and choices that make no model.
     """
 
+    mlp_width = None  # of the MLP after each block; None: there is none
+
     def __post_init__(self):
         _check_fields(self)
         if self.dt_min > self.dt_max:

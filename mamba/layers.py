@@ -5,6 +5,7 @@ Conv1d keep PyTorch's defaults.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +17,7 @@ from mamba.checks import check_lengths, check_shapes
 __all__ = [
     "A_log_init",
     "CausalConv",
+    "GatedMLP",
     "RMSNorm",
     "dt_bias_init",
     "ignore_resets_in_padding",
@@ -92,6 +94,21 @@ class CausalConv(nn.Module):
             last = jnp.take_along_axis(segment, places, axis=1) == segment[:, -1:]
             cache = jnp.where(last[..., None], cache, 0)
         return y, cache.astype(jnp.float32)
+
+
+class GatedMLP(nn.Module):
+    """fc2(y ⊙ silu(gate)), where y, gate = split(fc1(x)). x: (..., d_model) -> (..., d_model)."""
+
+    width: int  # of y, and of the gate
+    n_layer: int  # layers of the model: fc2 starts smaller by √(2 n_layer)
+    dtype: Any = jnp.float32  # of the products
+
+    @nn.compact
+    def __call__(self, x):
+        dense = partial(linear, use_bias=False, dtype=self.dtype)
+        y, gate = jnp.split(dense(2 * self.width, name="fc1")(x), 2, axis=-1)  # (..., width)
+        init = residual_init(2 * self.n_layer)
+        return dense(x.shape[-1], name="fc2", kernel_init=init)(y * nn.silu(gate))
 
 
 def linear(features, *, name, kernel_init=None, **options):

@@ -14,21 +14,29 @@ import jax.numpy as jnp
 from mamba.checkpoint.load import load_checkpoint
 from mamba.checkpoint.save import save_checkpoint
 from mamba.checks import check_lengths, check_resets, check_state, check_tokens
-from mamba.layers import RMSNorm, uniform_fan_in
+from mamba.layers import GatedMLP, RMSNorm, uniform_fan_in
 
 __all__ = ["Mamba", "ResidualBlock"]
 
 
 class ResidualBlock(nn.Module):
-    """x + block(RMSNorm(x)), the sum in float32. Arguments and results as ``MambaBlock``'s."""
+    """x + block(RMSNorm(x)), and for a model with MLPs x + mlp(RMSNorm(x)) after it.
+
+    The sums are in float32. Arguments and results as ``MambaBlock``'s.
+    """
 
     config: Any  # MambaConfig, or another generation's
 
     @nn.compact
     def __call__(self, x, state=None, lengths=None, resets=None):
-        u = RMSNorm(self.config.norm_eps, name="norm")(x)  # (b, l, d_model)
-        out, state = self.config.block(name="mixer")(u, state, lengths, resets)
-        return x + out, state  # (b, l, d_model), the next state
+        c = self.config
+        u = RMSNorm(c.norm_eps, name="norm")(x)  # (b, l, d_model)
+        out, state = c.block(name="mixer")(u, state, lengths, resets)
+        x = x + out
+        if c.mlp_width:
+            u = RMSNorm(c.norm_eps, name="norm2")(x)
+            x = x + GatedMLP(c.mlp_width, c.n_layer, c.dtype, name="mlp")(u)
+        return x, state  # (b, l, d_model), the next state
 
 
 class Mamba(nn.Module):

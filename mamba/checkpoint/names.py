@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from mamba.checkpoint.files import read_json
 from mamba.checkpoint.mamba1_schema import FALCON_MAMBA, MAMBA
 from mamba.checkpoint.mamba2_schema import MAMBA2
+from mamba.checkpoint.mamba3_schema import MAMBA3
 from mamba.checkpoint.schema import ORIGINAL, TRANSFORMERS, UNCHECKED, TensorSpec, projection
 from mamba.checkpoint.tensors import CheckpointError, abridged, quote
 
 __all__ = ["read_config", "schema_of", "tensor_table", "write_config"]
 
-SCHEMAS = (MAMBA, FALCON_MAMBA, MAMBA2)
+SCHEMAS = (MAMBA, FALCON_MAMBA, MAMBA2, MAMBA3)
 REQUIRED = ("d_model", "n_layer", "vocab_size")  # fields without a default
 HYBRIDS = {  # model_type: what such a model has beside state space layers
     "bamba": "attention layers between its Mamba-2 layers",
@@ -134,15 +135,18 @@ def _find_schema(path, scheme, data):
     if "model_type" not in data and data.keys() & {"mixer_rms_eps", "num_heads", "n_groups"}:
         raise CheckpointError(f"{path}: has no model_type, and keys of another model than Mamba-1")
     if scheme == TRANSFORMERS:
-        key, value, known = "model_type", model_type, {s.model_type: s for s in SCHEMAS}
+        known = {s.model_type: s for s in SCHEMAS if s.model_type}
+        key, value = "model_type", model_type
     else:
-        key, value, known = "ssm_cfg.layer", layer, {s.layer: s for s in SCHEMAS if s.layer}
+        known = {s.layer: s for s in SCHEMAS if s.layer}
+        key, value = "ssm_cfg.layer", layer
     if type(value) is not str or value not in known:
         raise CheckpointError(
             f"{path}: {key} = {quote(value)} is not supported, but {', '.join(map(quote, known))}"
         )
     schema = known[value]
-    for key, supported in {"model_type": (schema.model_type,), **schema.supported}.items():
+    supported = {"model_type": (schema.model_type,)} if schema.model_type else {}
+    for key, supported in (supported | schema.supported).items():
         value = data.get(key, supported[0])
         if not any(type(value) is type(other) and value == other for other in supported):
             raise CheckpointError(
@@ -155,6 +159,8 @@ def _find_schema(path, scheme, data):
 def _checked(path, kind, key, value):
     """The value of a key, if it is of its kind (JSON's true and "16" are not numbers)."""
     if "auto" in kind and type(value) is str and value == "auto":
+        return None
+    if kind == "whole number" and type(value) is int and value == 0:
         return None
     if kind == "pair of numbers":
         if type(value) is list and len(value) == 2:
@@ -201,14 +207,16 @@ def write_config(path, config):
         data |= {"fused_add_norm": True, "ssm_cfg": {}}
         if schema is not MAMBA:  # which the first files, and the code of their time, do not name
             data["ssm_cfg"]["layer"] = schema.layer
-        for field in {"norm_eps", "dt_limit"} & values.keys():
+        for field in {"norm_eps", "dt_limit", "heavy_tail"} & values.keys():
             if values[field] == getattr(type(config), field):
                 del values[field]
     for field, value in values.items():
         key = getattr(schema.keys[field], scheme)
         if key is not None:
             target = data["ssm_cfg"] if key.startswith("ssm_cfg.") else data
-            target[key.removeprefix("ssm_cfg.")] = "auto" if value is None else value
+            if value is None:
+                value = "auto" if "auto" in schema.keys[field].kind else 0
+            target[key.removeprefix("ssm_cfg.")] = value
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
 
 
@@ -227,7 +235,7 @@ def schema_of(config):
             return schema
     raise ValueError(
         f"a model of {type(config).__name__} has no checkpoint format: published checkpoints name "
-        "the tensors of MambaConfig and Mamba2Config only"
+        "the tensors of MambaConfig, Mamba2Config and Mamba3Config only"
     )
 
 
@@ -251,6 +259,10 @@ def tensor_table(config, embedding="embedding"):
         for spec in schema.mixer(c)
     ]
     table = (c.padded_vocab_size, c.d_model)
+    if c.mlp_width:
+        layer.append(TensorSpec("norm2.scale", "norm2.weight", (c.d_model,), float32=True))
+        layer += projection("mlp.fc1", 2 * c.mlp_width, c.d_model)
+        layer += projection("mlp.fc2", c.d_model, c.mlp_width)
     specs = [TensorSpec("embedding.embedding", f"backbone.{embedding}.weight", table)]
     for i in range(c.n_layer):
         ours, theirs = f"layers_{i}.", f"backbone.layers.{i}."

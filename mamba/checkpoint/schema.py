@@ -52,7 +52,7 @@ class Schema(NamedTuple):
 
     name: str  # in words
     config: type  # the configuration that they are read into
-    model_type: str  # what transformers calls it
+    model_type: str | None  # what transformers calls it; None: it has no such model
     layer: str | None  # what ssm_cfg.layer is in the original scheme; None: it has no such model
     keys: Mapping[str, Key]  # by field of the configuration
     absent: Mapping[str, Mapping]  # by scheme: fields whose value is not ours where they are absent
