@@ -145,8 +145,8 @@ def _find_schema(path, scheme, data):
             f"{path}: {key} = {quote(value)} is not supported, but {', '.join(map(quote, known))}"
         )
     schema = known[value]
-    supported = {"model_type": (schema.model_type,)} if schema.model_type else {}
-    for key, supported in (supported | schema.supported).items():
+    of_type = {"model_type": (schema.model_type,)} if schema.model_type else {}
+    for key, supported in (of_type | schema.supported).items():
         value = data.get(key, supported[0])
         if not any(type(value) is type(other) and value == other for other in supported):
             raise CheckpointError(
