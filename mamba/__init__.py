@@ -9,11 +9,13 @@ from mamba.checkpoint.hub import EMBEDDED, load_tokenizer
 from mamba.layers import RMSNorm
 from mamba.mamba1 import LayerState, MambaBlock, MambaConfig
 from mamba.mamba2 import Mamba2Block, Mamba2Config, Mamba2State
+from mamba.mamba3 import Mamba3Block, Mamba3Config
 from mamba.model import Mamba, ResidualBlock
 from mamba.scan import selective_scan
 from mamba.text.generate import generate, stream
 from mamba.text.prompt import read_prompt
 from mamba.text.state import TextState, load_state, save_state, state_bytes
+from mamba.trapezoid import TrapezoidState
 
 __version__ = "0.1.0"
 
@@ -24,11 +26,14 @@ __all__ = [
     "Mamba2Block",
     "Mamba2Config",
     "Mamba2State",
+    "Mamba3Block",
+    "Mamba3Config",
     "MambaBlock",
     "MambaConfig",
     "RMSNorm",
     "ResidualBlock",
     "TextState",
+    "TrapezoidState",
     "generate",
     "load_state",
     "load_tokenizer",

@@ -45,7 +45,7 @@ class Mamba3Config(ModelConfig):
     n_groups: int = 1  # G, groups of heads that share B and C
     is_mimo: bool = False  # whether a step has R inputs and outputs (MIMO), not one (SISO)
     mimo_rank: int = 4  # R, if is_mimo
-    rope_fraction: float = 0.5  # share of the states that turn
+    rope_fraction: float | None = 0.5  # share of the states that turn; None: none does
     A_floor: float = 1e-4  # the least rate, −A
     heavy_tail: bool = True  # whether rates are heavy_tail(·), as released; else softplus(·)
     dt_min: float = 1e-3  # shortest time step at the start of training
@@ -64,7 +64,7 @@ class Mamba3Config(ModelConfig):
             )
         if self.n_heads % self.n_groups:
             raise ValueError(f"{self.n_groups} groups do not divide {self.n_heads} heads")
-        if self.rope_fraction > 1:
+        if self.rope_fraction and self.rope_fraction > 1:
             raise ValueError(f"rope_fraction must be at most 1, got {self.rope_fraction}")
 
     @property
@@ -85,7 +85,7 @@ class Mamba3Config(ModelConfig):
     @property
     def n_angles(self):
         """S, pairs of states that turn."""
-        return int(self.d_state * self.rope_fraction) // 2
+        return int(self.d_state * (self.rope_fraction or 0)) // 2
 
     def block(self, name):
         """The block that these sizes are of; ``mamba.model`` asks for nothing else."""

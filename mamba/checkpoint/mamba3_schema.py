@@ -47,12 +47,12 @@ MAMBA3 = Schema(
     layer="Mamba3",
     keys={field: key for field, key in COMMON_KEYS.items() if field not in _ABSENT}
     | {
-        "d_intermediate": Key("whole number", "d_intermediate", None),
+        "d_intermediate": Key("positive integer or 0", "d_intermediate", None),
         "head_dim": Key("positive integer", "ssm_cfg.headdim", None),
         "n_groups": Key("positive integer", "ssm_cfg.ngroups", None),
         "is_mimo": Key("boolean", "ssm_cfg.is_mimo", None),
         "mimo_rank": Key("positive integer", "ssm_cfg.mimo_rank", None),
-        "rope_fraction": Key("positive number", "ssm_cfg.rope_fraction", None),
+        "rope_fraction": Key("positive number or 0", "ssm_cfg.rope_fraction", None),
         "A_floor": Key("positive number", "ssm_cfg.A_floor", None),
         # Ours: the published files do not say which function makes the rates.
         "heavy_tail": Key("boolean", "ssm_cfg.heavy_tail", None),

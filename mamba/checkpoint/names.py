@@ -160,7 +160,7 @@ def _checked(path, kind, key, value):
     """The value of a key, if it is of its kind (JSON's true and "16" are not numbers)."""
     if "auto" in kind and type(value) is str and value == "auto":
         return None
-    if kind == "whole number" and type(value) is int and value == 0:
+    if kind.endswith(" or 0") and type(value) in (int, float) and value == 0:
         return None
     if kind == "pair of numbers":
         if type(value) is list and len(value) == 2:
@@ -170,7 +170,7 @@ def _checked(path, kind, key, value):
         valid = False
     elif kind == "boolean":
         valid = type(value) is bool
-    elif kind == "positive number":
+    elif kind.startswith("positive number"):
         valid = type(value) in (int, float) and 0 < value < 1e9
     else:
         valid = type(value) is int and 0 < value < 2**31

@@ -166,9 +166,13 @@ def _preset(args):
     if args.d_state is not None:
         model["d_state"] = args.d_state
     if args.head_dim is not None:
-        if args.block != "mamba2":
-            raise ValueError("--head-dim is for --block mamba2: Mamba's block has no heads")
+        if args.block not in ("mamba2", "mamba3"):
+            raise ValueError("--head-dim is for mamba2 and mamba3: Mamba's block has no heads")
         model["head_dim"] = args.head_dim
+    if args.rope_fraction is not None:
+        if args.block != "mamba3":
+            raise ValueError("--rope-fraction is for --block mamba3: no other block turns states")
+        model["rope_fraction"] = args.rope_fraction or None
     return dataclasses.replace(preset, model=model, **changes)
 
 
@@ -240,7 +244,8 @@ def _parser():
         help="which of delta,B,C depend on the input, or none (default: all three)",
     )
     add("--block", choices=BLOCKS, help="of which generation (default: mamba)")
-    add("--head-dim", type=int, metavar="N", help="channels of a head, for --block mamba2")
+    add("--head-dim", type=int, metavar="N", help="channels of a head, for mamba2 and mamba3")
+    add("--rope-fraction", type=float, metavar="R", help="share of states that turn, for mamba3")
     add("--d-state", type=int, metavar="N", help="states of a channel (default: the block's)")
     add(
         "--dt-init",

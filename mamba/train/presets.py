@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mamba.mamba1 import MambaConfig
 from mamba.mamba2 import Mamba2Config
+from mamba.mamba3 import Mamba3Config
 from mamba.model import Mamba
 from mamba.train import tasks
 from mamba.train.ablation import SELECTIVE, AblatedConfig
@@ -25,7 +26,7 @@ TASKS = {
     "induction-heads": tasks.induction_heads,
     "associative-recall": tasks.associative_recall,
 }
-BLOCKS = {"mamba": MambaConfig, "mamba2": Mamba2Config}
+BLOCKS = {"mamba": MambaConfig, "mamba2": Mamba2Config, "mamba3": Mamba3Config}
 MAX_HELD_OUT_TOKENS = 2**24  # in the held-out sequences of one length
 MIN_HELD_OUT_SEQUENCES = 8  # of one length, also where they have more tokens than that
 
