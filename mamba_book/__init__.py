@@ -3,7 +3,7 @@
 from matplotlib.pyplot import subplots  # in the book's style, which mamba_book.figures sets
 
 from mamba_book.checks import Checks
-from mamba_book.diagram import block_diagram
+from mamba_book.diagram import block_diagram, three_blocks
 from mamba_book.figures import COLORS, METHODS, figure
 from mamba_book.heat import heat_text
 from mamba_book.interactive import frames
@@ -21,4 +21,6 @@ __all__ = [
     "relative_error",
     "show_source",
     "subplots",
+    "three_blocks",
+    "three_blocks",
 ]

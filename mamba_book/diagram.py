@@ -1,11 +1,12 @@
-"""The block diagram of Mamba, one drawing for all chapters, with the parts at hand lit."""
+"""The block of Mamba, one drawing for all chapters, and the blocks of three generations."""
 
 import matplotlib.pyplot as plt
+from IPython.display import display
 from matplotlib.patches import FancyBboxPatch
 
-from mamba_book.figures import COLORS, figure
+from mamba_book.figures import COLORS, figure, inline_svg
 
-__all__ = ["PARTS", "block_diagram"]
+__all__ = ["GENERATIONS", "PARTS", "block_diagram", "three_blocks"]
 
 # name: what it is, in words for the alt text; then its boxes: x, y, width, text, short text, colour
 PARTS = {
@@ -135,3 +136,140 @@ def block_diagram(lit=tuple(PARTS), width=4.9, d_model=None):
     if some and parts:
         alt += f" Lit: {', '.join(PARTS[part][0] for part in PARTS if part in parts)}."
     figure(fig, alt=alt)
+
+
+# --- three generations ----------------------------------------------------------------------------
+
+# What all three blocks have. Boxes: x, y, width, text, colour, and "kept", "new" or "gone", seen
+# from the generation before. Arrows: colour, corners. Labels: x, y, text, colour.
+COMMON = {
+    "boxes": [(5, 9.5, 9.4, "in_proj", "ref", "kept"), (5, -0.75, 4, "out_proj", "y", "kept")],
+    "arrows": [
+        ("ref", (5, 10.7), (5, 9.95)),
+        ("z", (9.3, 9.05), (9.3, 1.1), (8.15, 1.1)),
+        ("y", (4.4, 2.5), (4.4, 1.55)),
+        ("y", (5.2, 0.65), (5.2, -0.3)),
+        ("ref", (5.2, -1.2), (5.2, -1.9)),
+    ],
+    "labels": [(8.85, 8.5, "$z$", "z"), (3.9, 2.1, "$y$", "y")],
+}
+GENERATIONS = {
+    "Mamba": {
+        "alt": "Mamba: in_proj makes x and z. x passes the convolution and SiLU; x_proj and "
+        "dt_proj make Δ, B and C of it. The scan has the parameter A. Gate, out_proj.",
+        "boxes": [
+            (3.1, 7.4, 4.2, "conv1d, SiLU", "x", "kept"),
+            (5.8, 5.2, 4.8, "x_proj, dt_proj", "delta", "kept"),
+            (0.9, 4.9, 0.9, "$A$", "h", "kept"),
+            (4, 2.95, 7.4, "selective scan", "h", "kept"),
+            (5.6, 1.1, 4.8, "× SiLU(z)", "z", "kept"),
+        ],
+        "arrows": [
+            ("x", (2.4, 9.05), (2.4, 7.85)),
+            ("x", (2.4, 6.95), (2.4, 3.4)),
+            ("x", (4.4, 6.95), (4.4, 5.65)),
+            ("delta", (5.8, 4.75), (5.8, 3.4)),
+            ("h", (0.9, 4.45), (0.9, 3.4)),
+        ],
+        "labels": [
+            (1.95, 8.5, "$x$", "x"),
+            (1.95, 6.3, "$x$", "x"),
+            (7.1, 4.05, r"$\Delta, B, C$", "delta"),
+        ],
+    },
+    "Mamba-2": {
+        "alt": "Mamba-2: in_proj makes all of z, x, B, C and dt. The convolution runs over x, B "
+        "and C. A softplus makes Δ. New: a norm after the gate. Gone: x_proj and dt_proj.",
+        "boxes": [
+            (3.1, 7.4, 4.2, "conv1d, SiLU", "x", "kept"),
+            (7.15, 7.4, 2.9, "softplus", "delta", "kept"),
+            (4.75, 5.2, 4.0, "x_proj, dt_proj", "ref", "gone"),
+            (0.9, 4.9, 0.9, "$A$", "h", "kept"),
+            (4, 2.95, 7.4, "ssd", "h", "new"),
+            (5.6, 1.1, 4.8, "× SiLU(z), norm", "z", "new"),
+        ],
+        "arrows": [
+            ("x", (2.4, 9.05), (2.4, 7.85)),
+            ("x", (2.4, 6.95), (2.4, 3.4)),
+            ("delta", (7.15, 9.05), (7.15, 7.85)),
+            ("delta", (7.15, 6.95), (7.15, 3.4)),
+            ("h", (0.9, 4.45), (0.9, 3.4)),
+        ],
+        "labels": [
+            (3.85, 8.5, "$x, B, C$", "x"),
+            (3.85, 6.4, "$x, B, C$", "x"),
+            (6.5, 8.5, "dt", "delta"),
+            (6.7, 4.05, r"$\Delta$", "delta"),
+        ],
+    },
+    "Mamba-3": {
+        "alt": "Mamba-3: in_proj also makes A, λ and angles for each token. New: a norm and a bias "
+        "for B and C, which then turn by the sum of the angles, θ; a scan by a two-point rule. "
+        "Gone: the convolution, the parameter A and the norm after the gate.",
+        "boxes": [
+            (0.95, 6.9, 2.0, "conv1d", "ref", "gone"),
+            (4.1, 6.9, 2.6, "norm,\n+ bias", "x", "new"),
+            (7.3, 6.9, 3.0, "softplus,\n−f, σ, tanh", "delta", "new"),
+            (4.1, 4.75, 2.6, "turn by θ", "x", "new"),
+            (0.9, 4.75, 0.9, "$A$", "ref", "gone"),
+            (4, 2.95, 7.4, "trapezoidal scan", "h", "new"),
+            (5.6, 1.1, 4.8, "× SiLU(z)", "z", "kept"),
+            (1.8, 1.1, 1.6, "norm", "ref", "gone"),
+        ],
+        "arrows": [
+            ("x", (2.3, 9.05), (2.3, 3.4)),
+            ("x", (4.1, 9.05), (4.1, 7.8)),
+            ("x", (4.1, 6.0), (4.1, 5.2)),
+            ("x", (4.1, 4.3), (4.1, 3.4)),
+            ("delta", (7.3, 9.05), (7.3, 7.8)),
+            ("delta", (6.4, 6.0), (6.4, 4.75), (5.5, 4.75)),
+            ("delta", (7.6, 6.0), (7.6, 3.4)),
+        ],
+        "labels": [
+            (1.85, 8.5, "$x$", "x"),
+            (5.05, 8.5, "$B, C$", "x"),
+            (6.0, 5.4, r"$\theta$", "delta"),
+            (6.35, 3.95, r"$\Delta, A, \lambda$", "delta"),
+        ],
+    },
+}
+
+
+def three_blocks():
+    """Display the blocks of Mamba, Mamba-2 and Mamba-3 beside each other, on a phone in a column.
+
+    A box is filled if it is new, seen from the block before, and a dashed grey outline if the block
+    before had it.
+    """
+    pictures, words = [], []
+    middle = {"fontsize": 9, "ha": "center", "va": "center"}
+    for name, parts in GENERATIONS.items():
+        fig, ax = plt.subplots(figsize=(2.5, 3.3))
+        ax.set(xlim=(-0.1, 10.1), ylim=(-2.0, 10.8))
+        ax.set_title(name, fontsize=10)
+        ax.axis("off")
+        boxes, arrows, labels = (COMMON[k] + parts[k] for k in ("boxes", "arrows", "labels"))
+        for color, *corners in arrows:
+            look = {"color": COLORS[color], "lw": 1.4}
+            ax.plot(*zip(*corners[:-1], strict=True), **look)
+            head = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "mutation_scale": 9}
+            ax.annotate("", corners[-1], corners[-2], arrowprops=head | look)
+        for x, y, text, color in labels:
+            ax.text(x, y, text, **middle, color=COLORS[color])
+        for x, y, width, text, color, change in boxes:
+            look = {"ec": COLORS[color], "lw": 1.4, "fc": "none"}
+            if change == "new":
+                look |= {"fc": COLORS[color] + "38"}
+            if change == "gone":
+                look |= {"ls": (0, (3, 2)), "lw": 1}
+            height = 0.8 if "\n" not in text else 1.7
+            place = {"xy": (x - width / 2, y - height / 2), "width": width, "height": height}
+            ax.add_patch(FancyBboxPatch(boxstyle="round,pad=0.05", **place | look))
+            ink = {"color": COLORS["ref"]} if change == "gone" else {}
+            ax.text(x, y, text, **middle, **ink)
+        pictures.append(inline_svg(fig, parts["alt"]))
+        words.append(parts["alt"])
+    beside = "".join(f'<div style="flex: 1 1 13rem; max-width: 20rem">{p}</div>' for p in pictures)
+    style = "display: flex; flex-wrap: wrap; justify-content: center; gap: 0.5rem 0"
+    page = f'<div class="book-blocks" style="{style}">{beside}</div>'
+    display({"text/html": page, "text/plain": f"figure: {' '.join(words)}"}, raw=True)

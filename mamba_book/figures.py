@@ -79,16 +79,21 @@ def figure(fig, alt, glue=None):
 
     Raises ValueError when ``alt`` is empty: whoever cannot see the figure has only that.
     """
+    bundle = {"text/html": inline_svg(fig, alt), "text/plain": f"figure: {alt}"}
+    if glue:
+        display(bundle, raw=True, metadata={"scrapbook": {"name": glue}})
+    else:
+        display(bundle, raw=True)
+
+
+def inline_svg(fig, alt):
+    """The figure as SVG for a page, described by ``alt``, with its own ids; closes the figure."""
     if not alt.strip():
         raise ValueError("a figure needs alt text: say what is to be seen in it")
     svg = draw_svg(fig)
     prefix = "f" + hashlib.sha256(svg.encode()).hexdigest()[:8] + "-"
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", svg)
-    bundle = {"text/html": describe_svg(svg, alt), "text/plain": f"figure: {alt}"}
-    if glue:
-        display(bundle, raw=True, metadata={"scrapbook": {"name": glue}})
-    else:
-        display(bundle, raw=True)
+    return describe_svg(svg, alt)
 
 
 def draw_svg(fig):

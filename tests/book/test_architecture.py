@@ -109,7 +109,7 @@ def test_the_imports_of_this_test_are_the_real_ones():
     assert sum(map(len, IMPORTS.values())) > 40
 
 
-@pytest.mark.parametrize("name", ["mamba1.MambaBlock", "mamba2.Mamba2Block"])
+@pytest.mark.parametrize("name", ["mamba1.MambaBlock", "mamba2.Mamba2Block", "mamba3.Mamba3Block"])
 def test_a_block_is_one_screen(name):
     file, name = name.split(".")
     text = FILES[f"mamba.{file}"].read_text(encoding="utf-8")

@@ -8,15 +8,15 @@ import pytest
 
 import mamba_book.figures
 import mamba_book.interactive
-from mamba_book import block_diagram, frames, heat_text, sliders
-from mamba_book.diagram import PARTS
+from mamba_book import block_diagram, diagram, frames, heat_text, sliders, three_blocks
+from mamba_book.diagram import COMMON, GENERATIONS, PARTS
 from mamba_book.heat import LEVELS
 
 
 @pytest.fixture
 def displayed(monkeypatch):
     pages = []
-    for module in (mamba_book.figures, mamba_book.interactive):
+    for module in (mamba_book.figures, mamba_book.interactive, diagram):
         monkeypatch.setattr(module, "display", lambda bundle, raw: pages.append(bundle))
     return pages
 
@@ -56,6 +56,52 @@ def test_in_the_margin_the_words_of_the_block_can_be_read(displayed):
     drawn = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])
     sizes = [float(s) for s in re.findall(r"scale\((0\.\d+) -", svg)]  # of glyphs of 100 units
     assert len(PARTS) < len(sizes) and min(sizes) * 100 * 208 / drawn >= 11.5
+
+
+def test_three_blocks_are_three_pictures_with_words_of_their_own(displayed):
+    three_blocks()
+    (bundle,) = displayed
+    page = bundle["text/html"]
+    alts = re.findall(r'role="img" aria-label="([^"]+)"', page)
+    assert [alt.split(":")[0] for alt in alts] == ["Mamba", "Mamba-2", "Mamba-3"]
+    assert bundle["text/plain"] == "figure: " + " ".join(alts)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(set(ids)) == len(ids) and plt.get_fignums() == []
+    drawn, *_ = (float(w) for w in re.findall(r'viewBox="0 0 ([\d.]+)', page))
+    sizes = [float(s) for s in re.findall(r"scale\((0\.\d+) -", page)]  # of glyphs of 100 units
+    assert min(sizes) * 100 * 208 / drawn >= 10  # px, where a third of the column is 208 px wide
+
+
+def test_what_is_marked_as_gone_was_there_before_and_what_is_new_was_not():
+    """The words of the boxes say the same as their marks, from each block to the next."""
+
+    def words(name, *changes):
+        boxes = [box for box in GENERATIONS[name]["boxes"] if box[-1] in changes]
+        return {word for box in boxes for word in re.split(r"[,\s]+", box[3])}
+
+    for before, after in (("Mamba", "Mamba-2"), ("Mamba-2", "Mamba-3")):
+        there = words(before, "kept", "new")
+        assert words(after, "gone") and words(after, "gone") <= there
+        assert words(after, "kept") <= there | {"softplus"}  # of dt_proj, without the projection
+        assert words(after, "new") - there
+    marks = [box[-1] for parts in (COMMON, *GENERATIONS.values()) for box in parts["boxes"]]
+    assert set(marks) == {"kept", "new", "gone"}
+    for name, parts in GENERATIONS.items():
+        said = parts["alt"].partition("Gone:")
+        assert bool(said[1]) == any(box[-1] == "gone" for box in parts["boxes"]), name
+
+
+def test_no_word_of_the_three_blocks_is_wider_than_its_box():
+    fig, ax = plt.subplots(figsize=(2.5, 3.3))
+    ax.set(xlim=(-0.1, 10.1), ylim=(-2.0, 10.8))
+    ax.axis("off")
+    for parts in (COMMON, *GENERATIONS.values()):
+        for x, y, width, text, *_ in parts["boxes"]:
+            words = ax.text(x, y, text, fontsize=9, ha="center")
+            fig.draw_without_rendering()
+            box = words.get_window_extent().transformed(ax.transData.inverted())
+            assert box.width <= width, text
+    plt.close(fig)
 
 
 def test_every_token_has_its_shade_where_it_stands():

@@ -13,8 +13,9 @@ import nbformat
 import pytest
 import yaml
 
-from mamba import Mamba, Mamba2Config, MambaConfig
+from mamba import Mamba, Mamba2Config, Mamba3Config, MambaConfig
 from mamba.ssd import ssd
+from mamba.trapezoid import trapezoidal_scan
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))["parts"]
@@ -267,6 +268,73 @@ def test_the_shapes_of_mamba2_are_those_of_the_module():
     arrays = {k: jnp.zeros(found[k]) for k in ("x", "delta", "A", "B", "C", "D")}
     y, state = jax.eval_shape(lambda v: ssd(**v, return_state=True), arrays)
     assert y.shape == found["y"] and state.shape == found["state"]
+
+
+RELEASED = {"d_model": 768, "n_layer": 12, "vocab_size": 128256}
+MAMBA3 = {
+    "siso-187m": Mamba3Config(**RELEASED, d_intermediate=1536),
+    "mimo-187m": Mamba3Config(**RELEASED, d_intermediate=1264, is_mimo=True),
+}
+
+
+@pytest.mark.parametrize("row", table("Sizes of Mamba-3"), ids=lambda row: row[0])
+def test_the_sizes_of_mamba3_are_those_of_the_module(row):
+    c = MAMBA3[row[0]]
+    d_model, n_layer, heads, rank, width, parameters, state_bytes = map(whole, row[1:])
+    assert (d_model, n_layer, heads) == (c.d_model, c.n_layer, c.n_heads)
+    assert (rank, width) == (c.rank, c.mlp_width)
+    assert (c.head_dim, c.d_state, c.n_groups, c.n_angles) == (64, 128, 1, 32)
+    layer, around = shapes_of(c)
+    assert n_layer * count(layer) + count(around) == parameters
+    state = jax.eval_shape(lambda: Mamba(c).initial_state(1))
+    assert sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(state)) == state_bytes
+    assert "4 `H` (`p` `n` + `S` + `R` (`n` + `p`)) bytes" in SHEET
+    assert state_bytes == 4 * n_layer * heads * (64 * 128 + 32 + rank * (128 + 64))
+
+
+def test_the_parts_of_mamba3s_block_have_the_parameters_of_the_module():
+    layer, _ = shapes_of(MAMBA3["siso-187m"])
+    mixer = layer["mixer"]
+    expected = {
+        "RMSNorm": layer["norm"],
+        "`in_proj`": mixer["in_proj"],
+        "`dt_bias`": mixer["dt_bias"],
+        "norms, biases": [mixer[f"{k}_{v}"] for k in "BC" for v in ("norm", "bias")],
+        "`D`": mixer["D"],
+        "`out_proj`": mixer["out_proj"],
+        "norm, MLP": [layer["norm2"], layer["mlp"]],
+        "a layer": layer,
+    }
+    rows = table("Block of Mamba-3")
+    assert {row[0]: whole(row[-1]) for row in rows} == {k: count(v) for k, v in expected.items()}
+    widths = {row[0]: [int(n) for n in re.findall(r"\d+", row[3])] for row in rows}
+    into, *out = widths["`in_proj`"]
+    assert mixer["in_proj"]["kernel"].shape == (into, sum(out))
+    assert mixer["out_proj"]["kernel"].shape == tuple(widths["`out_proj`"])
+    into, two, width, out = widths["norm, MLP"]
+    assert layer["mlp"]["fc1"]["kernel"].shape == (into, two * width)
+    assert layer["mlp"]["fc2"]["kernel"].shape == (width, out)
+
+
+def test_the_shapes_of_mamba3_are_those_of_the_module():
+    c = Mamba3Config(
+        d_model=32, n_layer=1, vocab_size=50, head_dim=8, d_state=6, is_mimo=True, mimo_rank=3
+    )
+    b, l, h, r = 2, 5, c.n_heads, c.rank
+    sizes = {"b": b, "l": l, "h": h, "r": r, "p": c.head_dim, "n": c.d_state, "s": c.n_angles}
+    written = {}
+    for row in table("Shapes of Mamba-3"):
+        for names, shape in (row[:2], row[2:]):
+            shape = eval(shape.strip("`"), sizes.copy())  # "(b, l, h)", from our own page
+            written |= dict.fromkeys(names.replace("`", "").split(", "), shape)
+    names = ("x", "delta", "A", "lam", "B", "C", "theta")
+    arrays = {k: jnp.zeros(written[k]) for k in names} | {"D": jnp.zeros(h)}
+    scan = lambda v: trapezoidal_scan(**v, return_state=True)  # noqa: E731
+    y, state = jax.eval_shape(scan, arrays)
+    first = jax.eval_shape(lambda: c.zero_state(b))
+    assert y.shape == written["y"]
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, first)
+    assert (state.h.shape, state.angle.shape) == (written["state"], written["angle"])
 
 
 @pytest.mark.parametrize("name", CHAPTERS)
