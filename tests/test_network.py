@@ -174,13 +174,13 @@ def test_mamba3_187m_continues_the_capital(dtype):
     """
     begin, the_capital, of_the_state_of = 128000, [791, 6864], [315, 279, 1614, 315]
     model, params = Mamba.from_pretrained("state-spaces/mamba3-siso-187m", dtype=dtype)
-    step = jax.jit(lambda tokens, state: model.apply({"params": params}, tokens, state))
+    step = jax.jit(lambda params, *args: model.apply({"params": params}, *args))
     found = []
     for prompt in (the_capital, [begin, *the_capital]):
-        logits, state = step(np.array([prompt]), model.initial_state(1))
+        logits, state = step(params, np.array([prompt]), model.initial_state(1))
         ids = []
         for _ in of_the_state_of:
             ids.append(int(logits[0, -1].argmax()))
-            logits, state = step(np.array([ids[-1:]]), state)
+            logits, state = step(params, np.array([ids[-1:]]), state)
         found.append(ids)
     assert of_the_state_of in found
