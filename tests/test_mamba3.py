@@ -19,7 +19,15 @@ from mamba.layers import GatedMLP
 from mamba.mamba3 import Mamba3Config, heavy_tail
 from mamba.model import Mamba, ResidualBlock
 from tests.helpers.checkpoints import abstract_params
-from tests.helpers.models import SMALL_3, SMALL_MIMO, make, mlp_loop, to_float64
+from tests.helpers.models import (
+    SMALL_3,
+    SMALL_MIMO,
+    assert_close,
+    block_loop_3,
+    make,
+    mlp_loop,
+    to_float64,
+)
 from tests.helpers.parameters import assert_uniform, in_bfloat16
 
 # --- sizes and rates ----------------------------------------------------------------------------
@@ -66,6 +74,18 @@ def test_the_floor_holds():
     dt = (u[0] @ kernel[:, widths - c.n_heads : widths])[0] + params["dt_bias"]
     expected = np.exp(-0.3 * np.logaddexp(0, np.float64(dt)))  # (h,)
     np.testing.assert_allclose((faded - without)[0, :, 0, 0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [-80.0, -200.0])  # e^-200 is 0 in float32
+def test_a_token_with_a_time_step_of_almost_0_is_still_a_token(bias):
+    """It reads the state, and the next token finds it: padding, where Δ = 0, does neither."""
+    c, (_, params) = SMALL_3, make(SMALL_3)
+    p = params["layers_0"]["mixer"] | {"dt_bias": np.full(6, bias, np.float32)}
+    u = np.random.default_rng(0).normal(size=(1, 2, 12))
+    state = jax.tree.map(lambda v: np.ones(v.shape), c.zero_state(1))
+    expected = block_loop_3(to_float64(p), u, c, state)
+    arrays = jnp.float32(u), jax.tree.map(jnp.float32, state)
+    assert_close(jax.jit(c.block(None).apply)({"params": p}, *arrays), expected, 1e-5)
 
 
 # --- dtypes -------------------------------------------------------------------------------------
