@@ -43,7 +43,8 @@ def test_derived_sizes():
         for n, share in [(5, 1.0), (7, 0.5), (6, 0.5), (1, 1.0), (3, 0.5), (8, None)]
     ]
     assert angles == [2, 1, 1, 0, 0, 0]  # of an even number of states
-    assert dataclasses.replace(c, d_intermediate=1280).mlp_width == 1280
+    widths = [dataclasses.replace(c, d_intermediate=n).mlp_width for n in (1, 128, 129, 1280)]
+    assert widths == [128, 128, 256, 1280]
     state = dataclasses.replace(c, head_dim=32).zero_state(2)
     shapes = [(2, 48, 64), (2, 48, 32, 128), (2, 48, 3, 128), (2, 48, 3, 32)]
     assert [v.shape for v in state] == shapes
