@@ -53,7 +53,7 @@ class Preset:
     warmup: float = 0.05  # share of the steps over which the learning rate rises
     end: float = 0.05  # last learning rate / highest; 1: it is constant
     weight_decay: float = 0.1  # per unit of learning rate
-    carry: bool = False  # whether a training sequence starts from the state after the one before
+    carry: float = False  # how many of the training sequences continue the ones before; True: all
     held_out: int = 512  # sequences in an evaluation
     evaluate_every: int = 500  # steps between two evaluations; there is one at the end, too
     lengths: tuple = ()  # other lengths to evaluate at after the training
@@ -93,9 +93,12 @@ class Preset:
             weight_decay=self.weight_decay,
         )
 
-    def draw(self, key, batch, length):
-        """A ``tasks.Batch`` of this preset's task and sizes. Raises ValueError for bad sizes."""
-        return TASKS[self.task](key, batch, length, **self.sizes)
+    def draw(self, key, batch, length, **before):
+        """A ``tasks.Batch`` of this preset's task and sizes. Raises ValueError for bad sizes.
+
+        before: of the tasks that track a state, see ``tasks.modular_addition``.
+        """
+        return TASKS[self.task](key, batch, length, **self.sizes, **before)
 
     def held_out_batches(self, length):
         """The held-out sequences of a length. They are the same for every seed of a run.
@@ -147,8 +150,19 @@ def run(preset, *, selective=SELECTIVE, seed=0, dtype="float32", **options):
     config = preset.config(selective, dtype)
     model, key = Mamba(config), jax.random.fold_in(jax.random.key(seed), 1)
 
+    def draw(step, **before):
+        length = preset.length_at(step)
+        return preset.draw(jax.random.fold_in(key, step), preset.batch, length, **before)
+
+    def continues(step):  # (b,) bool: which rows of the batch do
+        chosen = jax.random.fold_in(jax.random.fold_in(key, step), 1)
+        return jax.random.bernoulli(chosen, preset.carry if step else 0.0, (preset.batch,))
+
     def data(step):
-        return preset.draw(jax.random.fold_in(key, step), preset.batch, preset.length_at(step))
+        if not preset.carry or not step or preset.task not in STATE_TRACKING:
+            return draw(step)
+        last = draw(step - 1).targets[:, -1]  # the same whatever came before it
+        return draw(step, before=jnp.where(continues(step), last, 0))
 
     settings = preset.settings(config)
     del settings["lengths"]  # a finished run may be evaluated at other lengths: resume admits them
@@ -158,7 +172,7 @@ def run(preset, *, selective=SELECTIVE, seed=0, dtype="float32", **options):
         preset.optimizer(),
         preset.steps,
         seed=seed,
-        carry=preset.carry,
+        carry=preset.carry if isinstance(preset.carry, bool) else continues,
         held_out=preset.held_out_batches(preset.length),
         evaluate_every=preset.evaluate_every,
         settings=settings,
