@@ -20,16 +20,12 @@ import argparse
 import functools
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
+from _measure import PREFILL, PROMPT, ROOT, TOKENS, best, in_child, measure_model
 from _report import head, load_average, write
 
-ROOT = Path(__file__).resolve().parents[1]
 WRITTEN = [ROOT / path for path in ("benchmarks/results", "mamba_book/data")]
 LENGTHS = [64, 512, 2048, 8192, 65536]
 CHUNKS = [16, 32, 64, 128, 256]
@@ -38,8 +34,7 @@ SIZES = {"h": 24, "p": 64, "n": 128}  # one layer of the 130m shape
 SHAPE = {"d_model": 768, "n_layer": 24, "vocab_size": 50277}
 QUICK_SIZES, QUICK_SHAPE = {"h": 2, "p": 8, "n": 8}, {"d_model": 64, "n_layer": 2, "vocab_size": 99}
 PASSES = ["forward", "forward+backward"]
-PREFILL, PROMPT, TOKENS = 512, 8, 40
-SECONDS, GIGABYTES = 1.0, 6.0
+GIGABYTES = 6.0
 # Arrays of l·h·p·n numbers that a method holds at its peak, and the longest text in half a minute.
 STATES = {("lax.scan", "forward+backward"): 3}
 LIMITS = {("lax.scan", "forward+backward"): 8192, ("quadratic", "forward"): 8192}
@@ -152,81 +147,14 @@ def measure_layer(method, which, l, sizes, chunk=None):
     }
 
 
-def best(function):
-    """The least of several times of function(), after one call."""
-    start = time.perf_counter()
-    function()
-    first = time.perf_counter() - start
-    times = []
-    for _ in range(max(3, min(30, int(SECONDS / first)))):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return {
-        "min_ms": round(1e3 * min(times), 3),
-        "median_ms": round(1e3 * float(np.median(times)), 3),
-        "runs": len(times),
-    }
-
-
 # --- the whole model ----------------------------------------------------------------------------
 
 
 def measure_ours(shape):
-    """Prefill and greedy decoding with random weights -> dict of seconds."""
-    import jax
-    import jax.numpy as jnp
-
-    from mamba import Mamba
+    """Prefill and greedy decoding by this module -> dict of seconds."""
     from mamba.mamba2 import Mamba2Config
 
-    model = Mamba(Mamba2Config(**shape))
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    tokens = np.random.default_rng(0).integers(0, shape["vocab_size"], (1, PREFILL), np.int32)
-
-    @jax.jit
-    def read(params, tokens):
-        state = model.initial_state(1)
-        return model.apply({"params": params}, tokens, state, method="last_logits")
-
-    @functools.partial(jax.jit, static_argnums=2)
-    def write(params, tokens, n):
-        logits, state = read(params, tokens)
-
-        def step(carry, _):
-            logits, state = carry
-            token = logits.argmax(-1)[:, None]  # (1, 1)
-            return model.apply({"params": params}, token, state, method="last_logits"), token
-
-        return jax.lax.scan(step, (logits, state), None, n)[1]
-
-    prefill = best(lambda: jax.block_until_ready(read(params, tokens)))["min_ms"] / 1e3
-    start = jnp.asarray(tokens[:, :PROMPT])
-    times = [
-        best(lambda n=n: jax.block_until_ready(write(params, start, n)))["min_ms"] / 1e3
-        for n in (1, 1 + TOKENS)
-    ]
-    per_token = (times[1] - times[0]) / TOKENS
-    weights = sum(p.nbytes for p in jax.tree.leaves(params))
-    reading = read_bytes_per_s()
-    return {
-        "prefill_s": round(prefill, 4),
-        "decode_s": round(per_token, 5),
-        "weights_bytes": weights,
-        "read_bytes_per_s": reading,
-        "of_bandwidth_limit": round(weights / reading / per_token, 3),
-    }
-
-
-def read_bytes_per_s():
-    """How fast this machine reads memory: a matrix of 256 MB times a vector."""
-    import jax
-    import jax.numpy as jnp
-
-    matrix, vector = jnp.ones((2**13, 2**13)), jnp.ones(2**13)
-    run = jax.jit(jnp.dot)
-    seconds = best(lambda: jax.block_until_ready(run(matrix, vector)))["min_ms"] / 1e3
-    return round(matrix.nbytes / seconds)
+    return measure_model(Mamba2Config(**shape))
 
 
 def measure_theirs(shape):
@@ -281,21 +209,6 @@ def why_not(method, which, l, sizes):
     return "time" if l > LIMITS.get((method, which), l) else None
 
 
-def in_child(name, *arguments):
-    """A function of this file, in a fresh process."""
-    command = [
-        sys.executable,
-        str(Path(__file__).resolve()),
-        "--part",
-        json.dumps([name, *arguments]),
-    ]
-    env = dict(os.environ, JAX_PLATFORMS="cpu")
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{name} {arguments}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def measure_all(lengths, chunks, sizes, shape):
     methods = ["chunked", "lax.scan", "quadratic", "mamba-1", "mamba-1, 16 states", "checkpoint"]
     if importlib.util.find_spec("mamba2_jax"):
@@ -310,14 +223,18 @@ def measure_all(lengths, chunks, sizes, shape):
                 if reason:
                     yield row | {"skipped": reason}
                 else:
-                    yield row | in_child("measure_layer", method, which, l, sizes)
+                    yield row | in_child(__file__, "measure_layer", method, which, l, sizes)
     for chunk in chunks:
         for which in PASSES:
             row = {"of": "chunk", "chunk": chunk, "pass": which, "l": LENGTH} | sizes
-            yield row | in_child("measure_layer", "chunked", which, LENGTH, sizes, chunk)
-    yield {"of": "model", "way": "ours"} | shape | in_child("measure_ours", shape)
+            yield row | in_child(__file__, "measure_layer", "chunked", which, LENGTH, sizes, chunk)
+    yield {"of": "model", "way": "ours"} | shape | in_child(__file__, "measure_ours", shape)
     if all(importlib.util.find_spec(p) for p in ("torch", "transformers")):
-        yield {"of": "model", "way": "transformers"} | shape | in_child("measure_theirs", shape)
+        yield (
+            {"of": "model", "way": "transformers"}
+            | shape
+            | in_child(__file__, "measure_theirs", shape)
+        )
 
 
 def main():

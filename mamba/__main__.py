@@ -30,7 +30,8 @@ a long text, read once and continued twice:
   %(prog)s --state text.safetensors --seed 1 --stop . "In one sentence:"
 """
 DTYPES = ["float32", "bfloat16", "float16"]  # those that from_pretrained takes
-END_OF_TEXT = "<|endoftext|>"  # the end token of our tokenizer, and of GPT-NeoX's
+# The end tokens of our tokenizer and of GPT-NeoX's, and of Llama 3's.
+ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 
 
 def main(argv=None):
@@ -130,13 +131,14 @@ def _run(args, sampling):
         source["prompt"] = ""  # the state includes it now
         if args.n_tokens == 0:
             return
+    ends = [id for id in map(tokenizer.token_to_id, ENDS_OF_TEXT) if id is not None]
     texts = stream(
         model,
         **source,
         **dataclasses.asdict(sampling),
         key=jax.random.key(args.seed),
         n_tokens_to_gen=args.n_tokens,
-        eos_token_id=tokenizer.token_to_id(END_OF_TEXT),
+        eos_token_id=ends,
         stop=args.stop,
     )
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that the model writes

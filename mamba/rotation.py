@@ -54,8 +54,10 @@ def running_angle(theta, start, resets):
     which every whole turn would add. So the sums are those of whole numbers of 2^-32 turns: exact,
     and int32 drops whole turns by itself.
     """
-    turns = _from_start(fixed_point_turns(theta), fixed_point_turns(start), resets)
-    angle = turns * jnp.float32(2 * math.pi / 2**32)
+    first = fixed_point_turns(start)
+    turns = _from_start(fixed_point_turns(theta), first, resets)
+    angle = _radians(turns)
+    angle = jnp.where(turns == first[:, None], start[:, None], angle)  # nothing turned: no rounding
     return jnp.where(jnp.isfinite(theta), angle, jnp.nan)  # a whole number cannot be NaN
 
 
@@ -82,6 +84,17 @@ def running_sum(v, starts=None, *, reverse=False):
         return jnp.where(start, more, total + more), started | start
 
     return jax.lax.associative_scan(add, (v, starts), axis=1, reverse=reverse)[0]
+
+
+def _radians(turns):
+    """The inverse of ``fixed_point_turns``, rounded once: int32 -> float32, from −π to π.
+
+    Decoding rounds the angle after every token. An error that is the same each time would add up.
+    """
+    high, low = turns >> 16, turns & (2**16 - 1)
+    coarse = round(2**5 * 2 * math.pi) / 2**21  # of 8 bits: its product with 16 bits is exact
+    fine = high * (2 * math.pi / 2**16 - coarse) + low * (2 * math.pi / 2**32)
+    return high * jnp.float32(coarse) + fine
 
 
 def fixed_point_turns(angle):

@@ -22,5 +22,4 @@ __all__ = [
     "show_source",
     "subplots",
     "three_blocks",
-    "three_blocks",
 ]

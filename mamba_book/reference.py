@@ -159,8 +159,9 @@ def trapezoid_loop(
 ):
     """Mamba-3's recurrence in float64, token by token.
 
-    Args: as ``mamba.trapezoid.trapezoidal_scan`` has them; state: angle, h, B, x. Where Δ = 0, there
-        is no token. kept: a list, to which (state before, the angle, B̃, C̃) of each token goes.
+    Args: as ``mamba.trapezoid.trapezoidal_scan`` has them; state: angle, h, B, x. Where Δ = 0,
+        there is no token. kept: a list that receives the state before each token, the token's
+        angle, B̃ and C̃.
 
     Returns:
         y (b, l, h, r, p), and the state after the last token.

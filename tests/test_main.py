@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from tokenizers import Tokenizer
 
-from mamba import Mamba, MambaConfig, generate
+from mamba import Mamba, Mamba3Config, MambaConfig, generate
 from mamba.__main__ import main
 from mamba.train.corpus import train_tokenizer
 from tests.helpers.parameters import random_params
@@ -89,7 +89,16 @@ def test_defaults_are_those_of_generate(run, captured):
     defaults = {name: p.default for name, p in inspect.signature(generate).parameters.items()}
     for name in ("temperature", "top_k", "top_p"):
         assert captured.settings[name] == defaults[name]
-    assert captured.settings["eos_token_id"] == 0  # <|endoftext|>
+    assert captured.settings["eos_token_id"] == [0]  # <|endoftext|>
+
+
+def test_the_end_token_of_llama_3_ends_a_text(run, captured, folder, monkeypatch):
+    """With whose tokenizer the published Mamba-3 models were trained."""
+    tokenizer = train_tokenizer([], 257)
+    tokenizer.add_special_tokens(["<|end_of_text|>"])
+    monkeypatch.setattr("mamba.__main__.load_tokenizer", lambda *args, **options: tokenizer)
+    run("a")
+    assert captured.settings["eos_token_id"] == [0, 257]
 
 
 def test_control_characters_do_not_reach_a_terminal(run, captured, monkeypatch):
@@ -138,6 +147,24 @@ def test_a_text_read_once(run, folder, tmp_path):
     assert both[:2] == (0, whole)
     code, out, _ = run("x", "--state", file, "--n-tokens", "20")
     assert (code, out) == (0, expected(folder, "def main(x", 20)[9:])
+
+
+def test_a_folder_of_mamba3(run, tmp_path):
+    """Its text, and the same in two commands: its state has four arrays a layer."""
+    model = Mamba(
+        Mamba3Config(
+            d_model=8, n_layer=1, d_state=4, head_dim=8, vocab_size=257, tie_embeddings=False
+        )
+    )
+    folder, file = tmp_path / "model", str(tmp_path / "text.safetensors")
+    model.save_pretrained(random_params(model), folder)
+    train_tokenizer([], 257).save(str(folder / "tokenizer.json"))
+    options = ["--model", str(folder), "--n-tokens", "8"]
+    whole = expected(folder, "def main(", 8)
+    assert run("def main(", *options)[:2] == (0, whole)
+    saved = run("def main(", "--save-state", file, *options, "--n-tokens", "0")
+    assert saved == (0, "", "")
+    assert run("", "--state", file, *options)[:2] == (0, whole[9:])
 
 
 def test_a_file_that_is_no_state(run, tmp_path):

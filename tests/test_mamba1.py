@@ -17,11 +17,10 @@ import mamba.mamba1
 from mamba import Mamba, MambaBlock, MambaConfig, ResidualBlock, RMSNorm
 from mamba_book.reference import relative_error
 from tests.helpers.models import (
+    BLOCKS,
     CONFIGS,
     SMALL,
     assert_close,
-    block_loop,
-    block_loop_2,
     compiled,
     every_config,
     every_generation,
@@ -47,22 +46,15 @@ def test_agrees_with_float64_numpy(config):
     assert_close(compiled(config)(params, tokens, model.initial_state(2)), (logits, state), 1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "loop"),
-    [
-        ("untied, biases", block_loop),
-        ("mamba2", block_loop_2),
-        ("mamba2, untied, biases", block_loop_2),
-    ],
-)
-def test_block_continues_like_float64_numpy(name, loop):
+@pytest.mark.parametrize("name", ["untied, biases", *(n for n in CONFIGS if "mamba" in n)])
+def test_block_continues_like_float64_numpy(name):
     c = CONFIGS[name]
     _, params = make(c)
     p = params["layers_0"]["mixer"]
     rng = np.random.default_rng(3)
     u = rng.normal(size=(3, 7, c.d_model))
     state = jax.tree.map(lambda v: rng.normal(size=v.shape), c.zero_state(3))
-    expected = loop(to_float64(p), u, c, state)
+    expected = BLOCKS[type(c)](to_float64(p), u, c, state)
     u, state = np.float32(u), jax.tree.map(np.float32, state)
     assert_close(jax.jit(c.block(None).apply)({"params": p}, u, state), expected, 1e-5)
 

@@ -83,6 +83,7 @@ def test_last_logits(config):
 
 
 PADDED = ["default", "d_conv=1", "d_conv=2", "mamba2", "mamba2, untied, biases"]
+PADDED += ["mamba3", "mamba3, mimo"]
 
 
 @pytest.mark.parametrize("name", PADDED)
@@ -208,7 +209,7 @@ def test_parameter_counts_are_the_published_ones(d_model, n_layer, published):
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == published
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if "mamba2" not in name])
+@pytest.mark.parametrize("name", [n for n, c in CONFIGS.items() if type(c) is MambaConfig])
 def test_parameter_tree(name):
     c = config = CONFIGS[name]
     d, di, n, R, V = c.d_model, c.d_inner, c.d_state, c.rank, c.padded_vocab_size
@@ -279,7 +280,7 @@ def test_id_outside_the_vocabulary_under_jit_gives_nan(config, wrong):
     tokens[0, 4] = wrong
     logits = np.asarray(compiled(config)(params, tokens))
     assert np.isnan(logits[0, 4:]).all()
-    if config is SMALL:  # Mamba-2's matrices carry NaN to all of a chunk
+    if config is SMALL:  # the matrices of the others carry NaN to all of a chunk
         assert np.isfinite(logits[0, :4]).all()
     assert np.isfinite(logits[1]).all()  # another row has no part in it
 

@@ -14,7 +14,8 @@ CONFIG = "config.json"
 # In the order in which they are looked for.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 TOKENIZER = "tokenizer.json"
-ORIGINAL_TOKENIZER = "EleutherAI/gpt-neox-20b"  # state-spaces/mamba-* were trained with this one
+# With which the published models in the original naming were trained, and how many tokens it has.
+TRAINED_WITH = {"EleutherAI/gpt-neox-20b": 50277, "meta-llama/Llama-3.1-8B": 128256}
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # "organization/name" or "name"
@@ -23,24 +24,33 @@ _REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # "organization/name"
 def load_tokenizer(name, revision=None, cache_dir=None):
     """Load the tokenizer of a local folder or hub repository -> ``tokenizers.Tokenizer``.
 
-    It is read from ``tokenizer.json``. The repositories in the original naming have no such file;
-    for them it is the tokenizer of EleutherAI/gpt-neox-20b, with which they were trained. Raises as
-    ``Mamba.from_pretrained``.
+    It is read from ``tokenizer.json``. The repositories in the original naming have no such file.
+    For them it is the one with which they were trained, told by the size of their vocabulary: that
+    of EleutherAI/gpt-neox-20b, or of meta-llama/Llama-3.1-8B (Mamba-3), to which the hub restricts
+    access. Raises as ``Mamba.from_pretrained``.
     """
     from tokenizers import Tokenizer
 
     source = find_source(name, revision, cache_dir)
     path = source.find(TOKENIZER)
-    if path is None and isinstance(source, _Hub):
-        config = source.find(CONFIG)
-        keys = read_json(config) if config else {}
-        if "d_model" in keys and "hidden_size" not in keys:  # the original naming
-            path = _Hub(ORIGINAL_TOKENIZER, None, cache_dir).require(TOKENIZER)
+    if path is None and isinstance(source, _Hub) and (other := _trained_with(source)):
+        path = _Hub(other, None, cache_dir).require(TOKENIZER)
     path = path or source.require(TOKENIZER)
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises Exception itself
         raise CheckpointError(f"{path}: not a tokenizer: {error}") from error
+
+
+def _trained_with(source):
+    """The repository whose tokenizer a model in the original naming was trained with, or None."""
+    config = source.find(CONFIG)
+    keys = read_json(config) if config else {}
+    rows = keys.get("vocab_size")
+    if "d_model" not in keys or "hidden_size" in keys or type(rows) is not int:
+        return None
+    fits = [name for name, tokens in TRAINED_WITH.items() if tokens <= rows < tokens + 128]
+    return fits[0] if fits else None  # the table may be padded to a multiple of 128 at most
 
 
 def find_source(name, revision, cache_dir):
@@ -90,7 +100,9 @@ class _Folder:
         if CONFIG in names and (self.path / WEIGHTS[0]).exists():
             hint = "; was a save interrupted? Save it again"
         if TOKENIZER in names:
-            hint = f"; copy it in (the published models use that of {ORIGINAL_TOKENIZER})"
+            published = _trained_with(self)
+            hint = f" (that of {published}, if it is a published one)" if published else ""
+            hint = f"; copy in the tokenizer that the model was trained with{hint}"
         held = ", ".join(abridged(sorted(p.name for p in self.path.iterdir()), 8)) or "nothing"
         raise FileNotFoundError(
             f"{self.path}: expected {' or '.join(names)}; the folder holds {held}{hint}"

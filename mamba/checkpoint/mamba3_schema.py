@@ -52,15 +52,18 @@ MAMBA3 = Schema(
         "n_groups": Key("positive integer", "ssm_cfg.ngroups", None),
         "is_mimo": Key("boolean", "ssm_cfg.is_mimo", None),
         "mimo_rank": Key("positive integer", "ssm_cfg.mimo_rank", None),
+        # The original code takes 0.5 and 1.0 only, and stops at another.
         "rope_fraction": Key("positive number or 0", "ssm_cfg.rope_fraction", None),
         "A_floor": Key("positive number", "ssm_cfg.A_floor", None),
-        # Ours: the published files do not say which function makes the rates.
-        "heavy_tail": Key("boolean", "ssm_cfg.heavy_tail", None),
+        # Ours. The original code knows no other rates than heavy_tail's. It stops at a key that it
+        # does not know, but not in ssm_cfg: there it would ignore it.
+        "heavy_tail": Key("boolean", "heavy_tail", None),
     },
     absent={ORIGINAL: {"pad_vocab_size_multiple": 8}},
     supported={key: values for key, values in COMMON_SUPPORTED.items() if key != "d_intermediate"}
     | {"ssm_cfg.is_outproj_norm": (False,)},
-    ignored=COMMON_IGNORED | {"ssm_cfg.chunk_size"},
+    ignored=COMMON_IGNORED
+    | {"ssm_cfg.chunk_size", "ssm_cfg.dropout", "ssm_cfg.fuse_pregate_headwise_norm"},
     implied={},
     mixer=mamba3_mixer,
 )

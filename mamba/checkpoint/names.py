@@ -192,9 +192,10 @@ def write_config(path, config):
     model, else (Falcon-Mamba) in transformers'.
 
     The dtype is not written, because the reader chooses it. In the original naming ``norm_epsilon``
-    is written only if it is not 1e-5. The original code does not know the key: it refuses such a
-    file, and so does not compute with another eps. ``dt_limit`` is written only if there is one,
-    because JSON has no infinity. In transformers' naming ``vocab_size`` counts the padding too.
+    is written only if it is not 1e-5, and ``heavy_tail`` only if it is not True. The original code
+    does not know these keys: it refuses such a file, and so does not compute something else.
+    ``dt_limit`` is written only if there is one, because JSON has no infinity. In transformers'
+    naming ``vocab_size`` counts the padding too.
     """
     schema = schema_of(config)
     values = {field: getattr(config, field) for field in schema.keys}
@@ -245,7 +246,7 @@ def tensor_table(config, embedding="embedding"):
     A tied checkpoint may also hold ``lm_head.weight``, equal to the embedding.
 
     Args:
-        config: a MambaConfig or Mamba2Config.
+        config: a MambaConfig, Mamba2Config or Mamba3Config.
         embedding: "embedding" in the original scheme, "embeddings" in transformers'. All other
             names are the same in both.
 

@@ -12,6 +12,8 @@ from tests.helpers import bin_files
 from tests.helpers.checkpoints import run_python, write_folder
 from tests.helpers.hub_server import HubServer
 
+NEOX, LLAMA = "EleutherAI/gpt-neox-20b", "meta-llama/Llama-3.1-8B"
+
 # ------------------------------------------------------------------------------ bad input
 
 
@@ -56,7 +58,8 @@ def test_an_interrupted_save_is_recognized(tmp_path):
 def test_load_tokenizer(tmp_path):
     from tokenizers import Tokenizer, models
 
-    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json.*EleutherAI/gpt-neox-20b"):
+    message = r"expected tokenizer\.json; .*copy in the tokenizer that the model was trained with$"
+    with pytest.raises(FileNotFoundError, match=message):
         load_tokenizer(write_folder(tmp_path))
     Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")).save(
         str(tmp_path / "tokenizer.json")
@@ -65,6 +68,19 @@ def test_load_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "trained_with"),
+    [(50276, None), (50277, NEOX), (50288, NEOX), (65024, None), (128256, LLAMA), ("x", None)],
+)
+def test_a_missing_tokenizer_is_named_where_it_is_known(tmp_path, rows, trained_with):
+    folder = write_folder(tmp_path, arrays={}, vocab_size=rows)
+    with pytest.raises(FileNotFoundError, match="copy in the tokenizer") as info:
+        load_tokenizer(folder)
+    assert [name for name in (NEOX, LLAMA) if name in str(info.value)] == [trained_with] * (
+        trained_with is not None
+    )
 
 
 def test_a_large_folder_is_not_listed_whole(tmp_path):
@@ -126,7 +142,10 @@ def test_the_hub(tmp_path):
         "org/empty": {"README.md": b"soon"},
         "org/gated": single,
         "org/tokenizer": {"tokenizer.json": tokenizer},
-        "EleutherAI/gpt-neox-20b": {"tokenizer.json": tokenizer.replace(b'"a"', b'"neox"')},
+        "org/50277": {"config.json": b'{"d_model": 8, "vocab_size": 50277}'},
+        "org/128256": {"config.json": b'{"d_model": 8, "vocab_size": 128256}'},
+        NEOX: {"tokenizer.json": tokenizer.replace(b'"a"', b'"neox"')},
+        LLAMA: {"tokenizer.json": tokenizer.replace(b'"a"', b'"llama"')},
     }
     cases = [
         ("from_pretrained", "org/single", None, "ok", 2),
@@ -140,7 +159,9 @@ def test_the_hub(tmp_path):
         ("from_pretrained", "org/gated", None, "PermissionError", "hf auth login"),
         ("from_pretrained", "org/other", None, "CheckpointError", "model_type = 'llama'"),
         ("load_tokenizer", "org/tokenizer", None, "ok", {"a": 0}),
-        ("load_tokenizer", "org/original", None, "ok", {"neox": 0}),
+        ("load_tokenizer", "org/50277", None, "ok", {"neox": 0}),
+        ("load_tokenizer", "org/128256", None, "ok", {"llama": 0}),
+        ("load_tokenizer", "org/original", None, "FileNotFoundError", "has no tokenizer.json"),
         ("load_tokenizer", "org/other", None, "FileNotFoundError", "has no tokenizer.json"),
         ("load_tokenizer", "org/empty", None, "FileNotFoundError", "has no tokenizer.json"),
     ]

@@ -14,6 +14,7 @@ from mamba.checkpoint.tensors import CheckpointError
 from mamba.mamba2 import Mamba2Config
 from tests.helpers.checkpoints import (
     CONFIGS,
+    IN_TRANSFORMERS,
     TINY,
     abstract_params,
     transformers_config,
@@ -316,7 +317,7 @@ def test_what_mamba2_does_not_support_is_refused_by_name(tmp_path, naming, key, 
     assert "config.json" in str(info.value) and message in str(info.value)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", IN_TRANSFORMERS)
 def test_transformers_naming_says_the_same(tmp_path, name):
     """But for the padding of the vocabulary, and for the initialization that it does not know."""
     config = CONFIGS[name]

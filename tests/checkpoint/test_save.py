@@ -31,7 +31,7 @@ def test_there_and_back_bit_for_bit(tmp_path, name):
     ]
 
 
-@pytest.mark.parametrize("name", ["defaults", "falcon", "mamba2, all"])
+@pytest.mark.parametrize("name", ["defaults", "falcon", "mamba2, all", "mamba3, all"])
 def test_half_precision_there_and_back(tmp_path, name):
     folder = write_folder(tmp_path / "a", CONFIGS[name])
     model, params = Mamba.from_pretrained(folder, dtype=jnp.bfloat16)

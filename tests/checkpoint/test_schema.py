@@ -1,8 +1,8 @@
 """Every key of the official configurations changes the model, is refused by name, or has no effect.
 
-The keys are those of the original code (``MambaConfig`` and the constructors of ``Mamba`` and
-``Mamba2``) and of transformers (``MambaConfig``, ``FalconMambaConfig``, ``Mamba2Config``). Each is
-set to a value other than its default.
+The keys are those of the original code (``MambaConfig`` and the constructors of ``Mamba``,
+``Mamba2`` and ``Mamba3``) and of transformers (``MambaConfig``, ``FalconMambaConfig``,
+``Mamba2Config``). Each is set to a value other than its default.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from mamba import Mamba, MambaConfig
 from mamba.checkpoint.names import read_config, tensor_table
 from mamba.checkpoint.tensors import CheckpointError
 from mamba.mamba2 import Mamba2Config
+from mamba.mamba3 import Mamba3Config
 from tests.helpers.checkpoints import abstract_params
 
 CHANGES, REFUSED, NO_EFFECT = "changes the model", "is refused by name", "has no effect"
@@ -35,20 +36,47 @@ ORIGINAL = {  # MambaConfig of the original code
     "pad_vocab_size_multiple": (32, CHANGES),
     "tie_embeddings": (False, CHANGES),
 }
-ORIGINAL_MIXER = {  # what the constructors of both have
+ORIGINAL_3 = {  # what the constructors of all three have
     "ssm_cfg.d_state": (7, CHANGES),
-    "ssm_cfg.d_conv": (3, CHANGES),
     "ssm_cfg.expand": (4, CHANGES),
     "ssm_cfg.dt_min": (0.01, CHANGES),
     "ssm_cfg.dt_max": (0.5, CHANGES),
     "ssm_cfg.dt_init_floor": (0.05, CHANGES),
-    "ssm_cfg.conv_bias": (False, CHANGES),
-    "ssm_cfg.bias": (True, CHANGES),
     "ssm_cfg.layer_idx": (3, REFUSED),
     "ssm_cfg.device": ("cuda", REFUSED),
     "ssm_cfg.dtype": ("float16", REFUSED),
     "ssm_cfg.something_new": (1, REFUSED),
 }
+ORIGINAL_MIXER = ORIGINAL_3 | {  # what those of the first two have
+    "ssm_cfg.d_conv": (3, CHANGES),
+    "ssm_cfg.conv_bias": (False, CHANGES),
+    "ssm_cfg.bias": (True, CHANGES),
+}
+# Mamba3's constructor drops keys that it does not know. They would come from another model.
+MAMBA_3 = (
+    ORIGINAL
+    | ORIGINAL_3
+    | {
+        "d_intermediate": (64, CHANGES),
+        "ssm_cfg.headdim": (4, CHANGES),
+        "ssm_cfg.ngroups": (2, CHANGES),
+        "ssm_cfg.rope_fraction": (1.0, CHANGES),
+        "ssm_cfg.A_floor": (0.01, CHANGES),
+        "ssm_cfg.mimo_rank": (2, CHANGES),
+        "ssm_cfg.is_outproj_norm": (True, REFUSED),
+        # A fused kernel for is_outproj_norm.
+        "ssm_cfg.fuse_pregate_headwise_norm": (False, NO_EFFECT),
+        "ssm_cfg.chunk_size": (16, NO_EFFECT),  # how it is computed
+        "ssm_cfg.dropout": (0.1, NO_EFFECT),  # nothing reads it
+        "ssm_cfg.n_layer": (3, REFUSED),
+        "ssm_cfg.d_conv": (3, REFUSED),
+        "ssm_cfg.conv_bias": (False, REFUSED),
+        "ssm_cfg.bias": (True, REFUSED),
+        "ssm_cfg.A_init_range": ([2, 3], REFUSED),
+        "heavy_tail": (False, CHANGES),  # ours
+        "ssm_cfg.heavy_tail": (False, REFUSED),  # not there, where the original code would drop it
+    }
+)
 TRANSFORMERS = {  # what all three of transformers have
     "vocab_size": (99, CHANGES),
     "hidden_size": (64, CHANGES),
@@ -127,6 +155,27 @@ OFFICIAL = {
             "ssm_cfg.sequence_parallel": (False, REFUSED),
         },
     ),
+    "Mamba-3, SISO": (
+        {
+            "d_model": 16,
+            "n_layer": 2,
+            "vocab_size": 20,
+            "ssm_cfg.layer": "Mamba3",
+            "ssm_cfg.headdim": 8,
+        },
+        MAMBA_3 | {"ssm_cfg.is_mimo": (True, CHANGES)},
+    ),
+    "Mamba-3, MIMO": (
+        {
+            "d_model": 16,
+            "n_layer": 2,
+            "vocab_size": 20,
+            "ssm_cfg.layer": "Mamba3",
+            "ssm_cfg.headdim": 8,
+            "ssm_cfg.is_mimo": True,
+        },
+        MAMBA_3 | {"ssm_cfg.is_mimo": (False, CHANGES)},
+    ),
     "Mamba-2, transformers": (
         {
             "model_type": "mamba2",
@@ -196,6 +245,7 @@ SMALL = {"d_model": 8, "n_layer": 1, "vocab_size": 33, "d_state": 3}
 BASE = {
     MambaConfig: MambaConfig(**SMALL),
     Mamba2Config: Mamba2Config(**SMALL, head_dim=4),
+    Mamba3Config: Mamba3Config(**SMALL, head_dim=4, is_mimo=True),
 }
 OTHER = {  # fields that do not change the shape of any parameter
     "dt_min": 0.01,
@@ -205,6 +255,8 @@ OTHER = {  # fields that do not change the shape of any parameter
     "dt_limit": (0.01, 0.02),
     "norm_eps": 0.1,
     "select_norm_eps": 0.1,
+    "A_floor": 3.0,
+    "heavy_tail": False,
     "dtype": jnp.bfloat16,
 }
 

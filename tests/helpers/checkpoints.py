@@ -16,6 +16,7 @@ from mamba import Mamba, MambaConfig
 from mamba.checkpoint.files import read_tensors
 from mamba.checkpoint.names import tensor_table, write_config
 from mamba.mamba2 import Mamba2Config
+from mamba.mamba3 import Mamba3Config
 
 ROOT = Path(__file__).parents[2]
 TINY = MambaConfig(d_model=8, n_layer=2, vocab_size=13)
@@ -67,7 +68,35 @@ CONFIGS = {
         tie_embeddings=False,
         pad_vocab_size_multiple=5,
     ),
+    "mamba3": Mamba3Config(
+        d_model=8, n_layer=2, vocab_size=13, head_dim=4, d_state=4, d_intermediate=9
+    ),
+    "mamba3, all": Mamba3Config(
+        d_model=8,
+        n_layer=1,
+        vocab_size=13,
+        head_dim=3,
+        expand=3,
+        d_state=2,
+        n_groups=4,
+        is_mimo=True,
+        mimo_rank=3,
+        rope_fraction=1.0,
+        A_floor=0.01,
+        heavy_tail=False,
+        dt_min=1e-4,
+        dt_max=0.5,
+        dt_init_floor=2e-4,
+        norm_eps=0.02,
+        tie_embeddings=False,
+        pad_vocab_size_multiple=5,
+    ),
+    "mamba3, nothing turns": Mamba3Config(
+        d_model=8, n_layer=1, vocab_size=13, head_dim=16, d_state=3, rope_fraction=None
+    ),
 }
+# Of those, the models that transformers has.
+IN_TRANSFORMERS = [name for name, config in CONFIGS.items() if type(config) is not Mamba3Config]
 
 
 def random_arrays(config, embedding="embedding", dtype=np.float32):

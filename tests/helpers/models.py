@@ -9,7 +9,9 @@ import pytest
 
 from mamba import LayerState, Mamba, MambaConfig
 from mamba.mamba2 import Mamba2Config, Mamba2State
-from mamba_book.reference import relative_error, selective_scan_loop, ssd_loop
+from mamba.mamba3 import Mamba3Config
+from mamba.trapezoid import TrapezoidState
+from mamba_book.reference import relative_error, selective_scan_loop, ssd_loop, trapezoid_loop
 from tests.helpers.parameters import random_params
 
 SMALL = MambaConfig(d_model=12, n_layer=2, vocab_size=19)
@@ -21,6 +23,27 @@ SMALL_2 = Mamba2Config(
     head_dim=4,
     n_groups=3,
     pad_vocab_size_multiple=8,
+)
+SMALL_3 = Mamba3Config(
+    d_model=12,
+    n_layer=2,
+    vocab_size=19,
+    d_intermediate=7,  # an MLP of width 128
+    d_state=5,  # and one angle
+    head_dim=4,
+    n_groups=3,
+    pad_vocab_size_multiple=8,
+)
+SMALL_MIMO = dataclasses.replace(
+    SMALL_3,
+    n_layer=1,
+    d_intermediate=None,
+    d_state=8,
+    head_dim=6,
+    n_groups=2,
+    is_mimo=True,
+    mimo_rank=3,
+    rope_fraction=1.0,
 )
 # Between them they leave no size and no switch at its default only.
 CONFIGS = {
@@ -47,9 +70,23 @@ CONFIGS = {
         tie_embeddings=False,
         norm_eps=0.02,
     ),
+    "mamba3": SMALL_3,
+    "mamba3, mimo": SMALL_MIMO,
+    "mamba3, mimo, nothing turns, floor, untied": dataclasses.replace(
+        SMALL_MIMO,
+        d_intermediate=129,
+        d_state=3,
+        n_groups=1,
+        mimo_rank=2,
+        rope_fraction=None,
+        A_floor=0.5,
+        heavy_tail=False,
+        tie_embeddings=False,
+        norm_eps=0.02,
+    ),
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-GENERATIONS = {"mamba": SMALL, "mamba2": SMALL_2}
+GENERATIONS = {"mamba": SMALL, "mamba2": SMALL_2, "mamba3": SMALL_3}
 every_generation = pytest.mark.parametrize("config", GENERATIONS.values(), ids=GENERATIONS.keys())
 
 
@@ -72,8 +109,16 @@ def random_tokens(config, b, l, seed=0):
     return rng.integers(0, config.vocab_size, (b, l), np.int32)
 
 
+def on_the_circle(tree):
+    """The same tree, but the angles of Mamba-3's states are cosines and sines: π and −π agree."""
+    third = lambda v: isinstance(v, TrapezoidState)  # noqa: E731
+    points = lambda v: v._replace(angle=np.stack([np.cos(v.angle), np.sin(v.angle)]))  # noqa: E731
+    return jax.tree.map(lambda v: points(v) if third(v) else v, tree, is_leaf=third)
+
+
 def assert_close(actual, expected, tolerance):
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    actual, expected = (jax.tree.leaves(on_the_circle(tree)) for tree in (actual, expected))
+    for a, e in zip(actual, expected, strict=True):
         assert a.shape == e.shape
         if a.size:  # the conv state is empty when d_conv = 1
             assert relative_error(a, e) < tolerance
@@ -149,6 +194,46 @@ def block_loop_2(p, u, c, state):
     return linear(p["out_proj"], y), Mamba2State(window[:, l:], h)
 
 
+def block_loop_3(p, u, c, state):
+    """Mamba-3's block from the equations, head by head where heads differ."""
+    (b, l, _), heads, r, n = u.shape, c.n_heads, c.rank, c.d_state
+    widths = [c.d_inner] * 2 + [r * c.n_groups * n] * 2 + [heads] * 3
+    parts = np.split(linear(p["in_proj"], u), np.cumsum(widths), axis=-1)
+    z, x, B, C, dt, a, trap, angles = parts
+    delta = np.log1p(np.exp(dt + p["dt_bias"]))  # (b, l, h)
+    rate = np.where(a >= 0, 1 + a, 1 / (1 - np.minimum(a, 0)))
+    A = -np.maximum(rate if c.heavy_tail else np.log1p(np.exp(a)), c.A_floor)
+    theta = np.einsum("blh,bls->blhs", delta, np.pi * np.tanh(angles))
+
+    def for_heads(v, name):
+        v = v.reshape(b, l, r, c.n_groups, n)
+        of_group = [rms(v[:, :, :, g], c.norm_eps) for g in range(c.n_groups)]  # (b, l, r, n) each
+        share, scale = heads // c.n_groups, p[f"{name}_norm"]["scale"]
+        return np.stack(
+            [of_group[i // share] * scale + p[f"{name}_bias"][i] for i in range(heads)], axis=2
+        )
+
+    x, z = (v.reshape(b, l, heads, 1, c.head_dim) for v in (x, z))
+    if c.is_mimo:
+        x, z = x * p["mimo_x"], z * p["mimo_z"]  # (b, l, h, r, p)
+    y, state = trapezoid_loop(
+        x, delta, A, 1 / (1 + np.exp(-trap)), for_heads(B, "B"), for_heads(C, "C"), theta, p["D"],
+        state, pairs="halves" if c.is_mimo else "interleaved",
+    )  # fmt: skip
+    y = y * silu(z) * (p["mimo_o"] if c.is_mimo else 1)
+    out = linear(p["out_proj"], y.sum(3).reshape(b, l, c.d_inner))
+    return out, TrapezoidState(*state)
+
+
+def mlp_loop(p, u):
+    """fc2 of (the first half of fc1, gated by the second)."""
+    y, gate = np.split(linear(p["fc1"], u), 2, axis=-1)
+    return linear(p["fc2"], y * silu(gate))
+
+
+BLOCKS = {MambaConfig: block_loop, Mamba2Config: block_loop_2, Mamba3Config: block_loop_3}
+
+
 def model_loop(params, tokens, c):
     """-> logits and state of a whole sequence read from the beginning."""
     table = params["embedding"]["embedding"]
@@ -158,9 +243,11 @@ def model_loop(params, tokens, c):
     for i in range(c.n_layer):
         p = params[f"layers_{i}"]
         start = to_float64(c.zero_state(b))
-        block = block_loop if isinstance(c, MambaConfig) else block_loop_2
-        out, state = block(p["mixer"], rms(x, c.norm_eps) * p["norm"]["scale"], c, start)
+        u = rms(x, c.norm_eps) * p["norm"]["scale"]
+        out, state = BLOCKS[type(c)](p["mixer"], u, c, start)
         x = x + out
+        if "mlp" in p:
+            x = x + mlp_loop(p["mlp"], rms(x, c.norm_eps) * p["norm2"]["scale"])
         states.append(state)
     head = table.T if c.tie_embeddings else params["lm_head"]["kernel"]
     return rms(x, c.norm_eps) * params["norm_f"]["scale"] @ head, tuple(states)

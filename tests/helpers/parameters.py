@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
+# The parameters, with dt_proj's bias, that stay in float32 whatever the dtype of the matrices.
+FLOAT32 = {"A_log", "B_bias", "C_bias", "D", "dt_bias", "mimo_o", "mimo_x", "mimo_z", "scale"}
+
 
 def random_params(model, seed=0):
     """Parameters that are all random, as if trained: norms, D, biases and constants too."""
@@ -34,7 +37,7 @@ def in_bfloat16(params):
 
     def convert(path, p):
         module, name = path[-2].key, path[-1].key
-        keep = name in ("A_log", "D", "scale", "dt_bias") or (module, name) == ("dt_proj", "bias")
+        keep = name in FLOAT32 or (module, name) == ("dt_proj", "bias")
         return p if keep else p.astype(jnp.bfloat16)
 
     return jax.tree_util.tree_map_with_path(convert, params)

@@ -8,6 +8,7 @@ import numpy as np
 
 from mamba import Mamba, MambaConfig
 from mamba.mamba2 import Mamba2Config
+from mamba.mamba3 import Mamba3Config
 from mamba.train.corpus import text_batches
 from mamba.train.devices import row_mesh
 from mamba.train.loop import train
@@ -17,6 +18,7 @@ from mamba.train.tasks import Batch
 SIZES = {"d_model": 8, "n_layer": 1, "vocab_size": 8, "d_state": 4}
 MODEL = Mamba(MambaConfig(**SIZES))
 MODEL_2 = Mamba(Mamba2Config(**SIZES, head_dim=4, n_groups=2))
+MODEL_3 = Mamba(Mamba3Config(**SIZES, head_dim=4, n_groups=2, is_mimo=True, d_intermediate=8))
 STEPS = 30
 OPTIMIZER = make_optimizer(3e-3, STEPS, warmup=3)
 
@@ -87,14 +89,17 @@ def on_these_devices():
     """What depends on the number of devices -> (how many rows are shared by how many, curves).
 
     The curves are those of a run on a task, and of one on text, where the state that is carried
-    along is shared out, too; of Mamba-2 as well.
+    along is shared out, too; of Mamba-2 and Mamba-3 as well.
     """
     token_ids = [np.random.default_rng(0).integers(0, 8, 400).astype(np.int32)]
     text = run(text_batches(token_ids, 8, 8), steps=8, carry=True, held_out=())
     task = run(steps=12)
-    second = run(text_batches(token_ids, 8, 8), 8, model=MODEL_2, carry=True, held_out=())
+    others = [
+        run(text_batches(token_ids, 8, 8), 8, model=model, carry=True, held_out=())
+        for model in (MODEL_2, MODEL_3)
+    ]
     shared = [row_mesh(rows).size for rows in (1, 5, 6, 8, 12, 24, 17)]
-    curves = [text.curve, task.curve, task.held_out, second.curve]
+    curves = [text.curve, task.curve, task.held_out, *(other.curve for other in others)]
     return shared, [curve.tolist() for curve in curves]
 
 

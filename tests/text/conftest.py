@@ -5,6 +5,7 @@ import pytest
 
 from mamba.mamba1 import MambaConfig
 from mamba.mamba2 import Mamba2Config
+from mamba.mamba3 import Mamba3Config
 from mamba.model import Mamba
 from mamba.text.generate import generate
 from mamba.text.prompt import read_prompt
@@ -24,6 +25,9 @@ SIZES |= {"pad_vocab_size_multiple": 8, "tie_embeddings": False}
 CONFIGS = {
     "mamba": MambaConfig(**SIZES),
     "mamba2": Mamba2Config(**SIZES, head_dim=8, n_groups=2),
+    "mamba3": Mamba3Config(
+        **SIZES | {"n_layer": 1}, head_dim=8, n_groups=2, is_mimo=True, mimo_rank=2
+    ),
 }
 
 

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models
 from mamba.checkpoint.hub import EMBEDDED
 from mamba.mamba1 import MambaConfig
 from mamba.mamba2 import Mamba2Config
+from mamba.mamba3 import Mamba3Config
 from mamba.model import Mamba
 from mamba.text.generate import generate, stream
 from mamba.text.prompt import read_prompt, upcast_on_cpu
@@ -40,6 +41,9 @@ def make_indifferent_model(vocab_size, **config):
 CONFIGS = {
     "mamba": lambda size: MambaConfig(vocab_size=size, **SIZES),
     "mamba2": lambda size: Mamba2Config(vocab_size=size, head_dim=8, n_groups=2, **SIZES),
+    "mamba3": lambda size: Mamba3Config(
+        vocab_size=size, head_dim=8, d_intermediate=8, **SIZES | {"n_layer": 1}
+    ),
 }
 
 
@@ -346,13 +350,15 @@ def test_logits_that_overflow_after_some_tokens(arguments, stop):
         generate(**(arguments | changes))
     layers = jax.tree.map(lambda leaf: leaf.at[1].set(jnp.nan), state.layers)
     changes["state"] = state._replace(layers=layers)
-    with pytest.raises(ValueError, match="the state holds NaN or infinity: layers.0.conv"):
+    first = layers[0]._fields[0]
+    with pytest.raises(ValueError, match=f"the state holds NaN or infinity: layers.0.{first}"):
         generate(**(arguments | changes))
 
 
 def test_parameters_of_another_depth(arguments):
-    params = arguments["params"] | {"layers_2": arguments["params"]["layers_1"]}
-    with pytest.raises(ValueError, match="params are another model's: 3 layers, not 2"):
+    n = arguments["model"].config.n_layer
+    params = arguments["params"] | {f"layers_{n}": arguments["params"]["layers_0"]}
+    with pytest.raises(ValueError, match=f"params are another model's: {n + 1} layers, not {n}"):
         generate(**(arguments | {"params": params, "prompt": "def"}))
 
 

@@ -11,6 +11,8 @@ import safetensors.numpy
 
 from mamba.checkpoint.tensors import CheckpointError
 from mamba.mamba1 import MambaConfig
+from mamba.mamba2 import Mamba2Config
+from mamba.mamba3 import Mamba3Config
 from mamba.model import Mamba
 from mamba.text.generate import stream
 from mamba.text.state import TextState, load_state, save_state, state_bytes
@@ -60,8 +62,12 @@ def test_size(read, pair):
     short, long = read("a"), read("a" * 300)
     assert sum(v.nbytes for v in jax.tree.leaves(long.layers)) == state_bytes(config)
     assert jax.tree.map(jnp.shape, short) == jax.tree.map(jnp.shape, long)
-    channels = 32 if isinstance(config, MambaConfig) else 32 + 2 * 2 * 4  # of the convolution
-    assert state_bytes(config) == 4 * 2 * (3 * channels + 32 * 4)
+    beside = {  # numbers in a layer's state beside h
+        MambaConfig: 3 * 32,
+        Mamba2Config: 3 * (32 + 2 * 2 * 4),
+        Mamba3Config: 4 * (1 + 2 * 4 + 2 * 8),  # a head's angle, B of two inputs, and x
+    }
+    assert state_bytes(config) == 4 * config.n_layer * (beside[type(config)] + 32 * 4)
     published = MambaConfig(d_model=768, n_layer=24, vocab_size=50277)
     assert state_bytes(published) == 4 * 24 * 1536 * 19
 
@@ -98,11 +104,13 @@ def test_the_state_of_another_kind_of_block(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, state)
 
 
-def test_names_in_a_file(read, tmp_path):
+def test_names_in_a_file(read, pair, tmp_path):
     """Files written before must stay readable."""
     save_state(read("a"), tmp_path / "text.safetensors")
     held = safetensors.numpy.load_file(tmp_path / "text.safetensors")
-    of_layers = ["layers.0.conv", "layers.0.ssm", "layers.1.conv", "layers.1.ssm"]
+    third = isinstance(pair[0].config, Mamba3Config)
+    of_layer = ("angle", "h", "B", "x") if third else ("conv", "ssm")
+    of_layers = [f"layers.{i}.{name}" for i in range(pair[0].config.n_layer) for name in of_layer]
     assert sorted(held) == sorted([*of_layers, "logits", "seen", "last"])
 
 
@@ -138,16 +146,16 @@ def test_an_interrupted_save_leaves_the_old_file(read, pair, tmp_path, monkeypat
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda a: a.pop("layers.1.ssm"), "missing: layers.1.ssm"),
+        (lambda a: a.pop("layers.0.SSM"), "missing: layers.0.SSM"),
         (lambda a: a.update(extra=a["last"]), "unexpected: 'extra'"),
         (lambda a: a.pop("logits"), "missing: logits"),
         (
-            lambda a: a.update({"layers.0.ssm": a["layers.0.ssm"][:, :-1]}),
-            r"wrong shape: layers.0.ssm: expected \(1, (32|4, 8), 4\), found \(1, (31|3, 8), 4\)",
+            lambda a: a.update({"layers.0.SSM": a["layers.0.SSM"][:, :-1]}),
+            r"wrong shape: layers.0.SSM: expected \(1, (32|4, 8), 4\), found \(1, (31|3, 8), 4\)",
         ),
         (
-            lambda a: a.update({"layers.0.conv": a["layers.0.conv"].astype(np.float16)}),
-            "wrong dtype: layers.0.conv: expected float32, found float16",
+            lambda a: a.update({"layers.0.PAST": a["layers.0.PAST"].astype(np.float16)}),
+            "wrong dtype: layers.0.PAST: expected float32, found float16",
         ),
         (
             lambda a: a.update(seen=np.repeat(a["seen"], 2, 0)),
@@ -162,7 +170,7 @@ def test_an_interrupted_save_leaves_the_old_file(read, pair, tmp_path, monkeypat
             r"last must hold token ids in 0 … 263",
         ),
         (lambda a: a.update(last=np.array([-1], np.int32)), "last must hold token ids"),
-        (lambda a: a["layers.1.ssm"].fill(np.nan), "layers.1.ssm holds NaN or infinity"),
+        (lambda a: a["layers.0.SSM"].fill(np.nan), "layers.0.SSM holds NaN or infinity"),
         (lambda a: a["logits"].fill(np.inf), "logits holds NaN or infinity"),
         (
             lambda a: a.update({k: v[:0] for k, v in a.items()}),
@@ -171,11 +179,18 @@ def test_an_interrupted_save_leaves_the_old_file(read, pair, tmp_path, monkeypat
     ],
 )
 def test_files_that_do_not_fit(read, pair, tmp_path, change, message):
+    """SSM is the array of a layer's state that holds h, PAST one that holds the last inputs."""
+    third = isinstance(pair[0].config, Mamba3Config)
+    names = {"SSM": "h", "PAST": "x"} if third else {"SSM": "ssm", "PAST": "conv"}
+    in_file = {f"layers.0.{k}": f"layers.0.{v}" for k, v in names.items()}
     path = tmp_path / "text.safetensors"
     save_state(read("a"), path)
-    arrays = {name: array.copy() for name, array in safetensors.numpy.load_file(path).items()}
+    held = safetensors.numpy.load_file(path)
+    arrays = {name: held.pop(found).copy() for name, found in in_file.items()} | held
     change(arrays)
-    safetensors.numpy.save_file(arrays, path)
+    safetensors.numpy.save_file({in_file.get(k, k): v for k, v in arrays.items()}, path)
+    for name, found in names.items():
+        message = message.replace(name, found)
     with pytest.raises(CheckpointError, match=message) as error:
         load_state(path, pair[0])
     assert str(path) in str(error.value)
@@ -187,8 +202,10 @@ def test_a_state_of_another_model(read, pair, tmp_path):
     other = Mamba(dataclasses.replace(pair[0].config, n_layer=3, d_state=8))
     with pytest.raises(CheckpointError) as error:
         load_state(path, other)
-    shape = other.initial_state(1)[0].ssm.shape
-    for line in ("missing: layers.2.conv", f"layers.0.ssm: expected {shape}, found"):
+    layer = other.initial_state(1)[0]
+    name = "h" if isinstance(other.config, Mamba3Config) else "ssm"
+    shape = getattr(layer, name).shape
+    for line in (f"missing: layers.2.{layer._fields[0]}", f"layers.0.{name}: expected {shape}, f"):
         assert line in str(error.value)
 
 

@@ -23,6 +23,7 @@ from mamba.train.tasks import Batch
 from tests.helpers.training import (
     MODEL,
     MODEL_2,
+    MODEL_3,
     OPTIMIZER,
     SIZES,
     STEPS,
@@ -96,12 +97,13 @@ def test_bfloat16(whole):
     assert int(state.step) == 2
 
 
-def test_another_generation_learns_and_is_resumed_bit_for_bit(tmp_path):
-    whole = run(model=MODEL_2, carry=True)
+@pytest.mark.parametrize("model", [MODEL_2, MODEL_3], ids=["mamba2", "mamba3"])
+def test_another_generation_learns_and_is_resumed_bit_for_bit(tmp_path, model):
+    whole = run(model=model, carry=True)
     assert whole.curve[-5:, 0].mean() < whole.curve[:5, 0].mean()
     with pytest.raises(RuntimeError, match="the power is off"):
-        run(before_batch(10, crash), folder=tmp_path, model=MODEL_2, carry=True)
-    assert_same(run(folder=tmp_path, model=MODEL_2, carry=True, resume=True), whole)
+        run(before_batch(10, crash), folder=tmp_path, model=model, carry=True)
+    assert_same(run(folder=tmp_path, model=model, carry=True, resume=True), whole)
 
 
 # --- where it stops -----------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from mamba import Mamba
 from mamba.train.ablation import AblatedConfig
 from mamba.train.optimizer import make_optimizer, weight_decay_mask
-from tests.helpers.training import MODEL_2
+from tests.helpers.training import MODEL_2, MODEL_3
 
 
 @pytest.mark.parametrize("selective", [("delta", "B", "C"), ()])
@@ -25,12 +25,24 @@ def test_weight_decay_mask(selective):
     assert names == expected | {"embedding/embedding", "lm_head/kernel"}
 
 
-def test_weight_decay_mask_of_mamba2():
-    shapes = jax.eval_shape(MODEL_2.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+@pytest.mark.parametrize(
+    ("model", "layers"),
+    [
+        (MODEL_2, ["mixer/in_proj", "mixer/conv1d", "mixer/out_proj"]),
+        (MODEL_3, ["mixer/in_proj", "mixer/out_proj", "mlp/fc1", "mlp/fc2"]),
+    ],
+    ids=["mamba2", "mamba3"],
+)
+def test_weight_decay_mask_of_another_generation(model, layers):
+    """Of Mamba-3, the released code marks dt_bias and D; B_bias and C_bias are biases by name.
+
+    mimo_x, mimo_z and mimo_o are scales, as those of norms are, and so do not decay here. The
+    released code does not mark them.
+    """
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     mask = jax.tree_util.tree_leaves_with_path(weight_decay_mask(shapes["params"]))
     names = {jax.tree_util.keystr(p, simple=True, separator="/") for p, decays in mask if decays}
-    layers = {f"layers_0/mixer/{name}/kernel" for name in ("in_proj", "conv1d", "out_proj")}
-    assert names == layers | {"embedding/embedding"}
+    assert names == {f"layers_0/{name}/kernel" for name in layers} | {"embedding/embedding"}
 
 
 def test_decay_and_schedule():

@@ -9,9 +9,10 @@ import pytest
 
 from mamba import MambaConfig
 from mamba.mamba2 import Mamba2Config
-from mamba.train import presets
+from mamba.train import experiment
 from mamba.train.ablation import AblatedConfig
-from mamba.train.presets import PRESETS, run
+from mamba.train.experiment import run
+from mamba.train.presets import PRESETS
 from tests.helpers.presets import TINY
 
 KEY = jax.random.key(0)
@@ -89,7 +90,7 @@ def test_held_out_sequences_are_no_training_sequences_and_always_the_same():
 
 
 def test_fewer_held_out_sequences_where_they_are_long(monkeypatch):
-    monkeypatch.setattr(presets, "MAX_HELD_OUT_TOKENS", 90)
+    monkeypatch.setattr(experiment, "MAX_HELD_OUT_TOKENS", 90)
     for length, n in ((9, 12), (60, 8)):  # 12: 10 in batches of 4
         batches = jax.eval_shape(lambda length=length: TINY.held_out_batches(length))
         assert sum(len(batch.tokens) for batch in batches) == n

@@ -17,6 +17,7 @@ from mamba.train.saves import SAVE
 from tests.helpers.training import (
     MODEL,
     MODEL_2,
+    MODEL_3,
     STEPS,
     assert_same,
     before_batch,
@@ -38,7 +39,7 @@ def test_resumes_on_the_same_trajectory(whole, tmp_path, step):
     assert_same(run(before_batch(1, crash), folder=tmp_path, resume=True), whole)  # it is finished
 
 
-@pytest.mark.parametrize("model", [MODEL, MODEL_2], ids=["mamba", "mamba2"])
+@pytest.mark.parametrize("model", [MODEL, MODEL_2, MODEL_3], ids=["mamba", "mamba2", "mamba3"])
 def test_resumes_in_the_middle_of_a_text(tmp_path, model):
     """With the state that is carried along, over the end of an epoch."""
     rng = np.random.default_rng(0)

@@ -10,7 +10,8 @@ from mamba import Mamba
 from mamba.checkpoint.hub import load_tokenizer
 from mamba.train import __main__ as train_main
 from mamba.train.corpus import bits_per_byte
-from mamba.train.presets import PRESETS, evaluate_at, run
+from mamba.train.experiment import evaluate_at, run
+from mamba.train.presets import PRESETS
 from tests.helpers.presets import TINY
 
 WORDS = "".join(f"{i} and {i * i % 97} are numbers. " for i in range(300))

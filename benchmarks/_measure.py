@@ -1,0 +1,107 @@
+"""What several benchmarks measure alike: the best of several times, a model, a fresh process."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+PREFILL, PROMPT, TOKENS = 512, 8, 40
+SECONDS = 1.0  # for the calls of one point
+
+
+def best(function):
+    """The least of several times of function(), after one call."""
+    start = time.perf_counter()
+    function()
+    first = time.perf_counter() - start
+    times = []
+    for _ in range(max(3, min(30, int(SECONDS / first)))):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return {
+        "min_ms": round(1e3 * min(times), 3),
+        "median_ms": round(1e3 * float(np.median(times)), 3),
+        "runs": len(times),
+    }
+
+
+def measure_model(config):
+    """Prefill and greedy decoding of a model with random weights -> dict of seconds."""
+    import jax
+    import jax.numpy as jnp
+
+    from mamba import Mamba
+
+    model = Mamba(config)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, PREFILL), np.int32)
+
+    @jax.jit
+    def read(params, tokens):
+        state = model.initial_state(1)
+        return model.apply({"params": params}, tokens, state, method="last_logits")
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def write(params, tokens, n):
+        logits, state = read(params, tokens)
+
+        def step(carry, _):
+            logits, state = carry
+            token = logits.argmax(-1)[:, None]  # (1, 1)
+            return model.apply({"params": params}, token, state, method="last_logits"), token
+
+        return jax.lax.scan(step, (logits, state), None, n)[1]
+
+    prefill = best(lambda: jax.block_until_ready(read(params, tokens)))["min_ms"] / 1e3
+    start = jnp.asarray(tokens[:, :PROMPT])
+    times = [
+        best(lambda n=n: jax.block_until_ready(write(params, start, n)))["min_ms"] / 1e3
+        for n in (1, 1 + TOKENS)
+    ]
+    per_token = (times[1] - times[0]) / TOKENS
+    weights, state = (
+        sum(v.nbytes for v in jax.tree.leaves(tree)) for tree in (params, model.initial_state(1))
+    )
+    reading = read_bytes_per_s()
+    return {
+        "prefill_s": round(prefill, 4),
+        "decode_s": round(per_token, 5),
+        "weights_bytes": weights,
+        "state_bytes": state,
+        "read_bytes_per_s": reading,
+        "of_bandwidth_limit": round(weights / reading / per_token, 3),
+        "of_it_with_state": round((weights + 2 * state) / reading / per_token, 3),
+    }
+
+
+def read_bytes_per_s():
+    """How fast this machine reads memory: a matrix of 256 MB times a vector."""
+    import jax
+    import jax.numpy as jnp
+
+    matrix, vector = jnp.ones((2**13, 2**13)), jnp.ones(2**13)
+    run = jax.jit(jnp.dot)
+    seconds = best(lambda: jax.block_until_ready(run(matrix, vector)))["min_ms"] / 1e3
+    return round(matrix.nbytes / seconds)
+
+
+def in_child(script, name, *arguments):
+    """A function of a benchmark's file, called in a fresh process as its flag --part says."""
+    command = [
+        sys.executable,
+        str(Path(script).resolve()),
+        "--part",
+        json.dumps([name, *arguments]),
+    ]
+    env = dict(os.environ, JAX_PLATFORMS="cpu")
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name} {arguments}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
