@@ -111,9 +111,8 @@ def some(shape, probability, seed=0):
 @pytest.mark.parametrize(
     ("b", "l", "h", "r", "p", "n", "s", "pairs", "reset"),
     [
-        (2, 1, 3, 1, 3, 4, 2, "interleaved", True),
-        (1, 2, 2, 4, 1, 5, 1, "halves", False),
-        (2, 63, 2, 4, 3, 6, 2, "interleaved", True),
+        (2, 1, 3, 1, 3, 4, 0, "interleaved", True),
+        (2, 133, 2, 4, 3, 6, 3, "interleaved", True),
         (1, 129, 2, 1, 2, 4, 2, "interleaved", False),
         (2, 41, 2, 2, 3, 6, 2, "halves", True),
     ],
@@ -125,24 +124,21 @@ def test_agrees_with_float64(b, l, h, r, p, n, s, pairs, reset):
     check(random_inputs(b, l, h, r, p, n, s, seed=l), pairs, resets)
 
 
-@pytest.mark.parametrize(("s", "pairs"), [(0, "halves"), (3, "interleaved")])
-def test_any_number_of_angles(s, pairs):
-    check(random_inputs(1, 21, 2, 2, 2, 6, s), pairs)
+@pytest.mark.parametrize(
+    ("method", "chunk"), [("recurrence", None), ("chunked", 1), ("chunked", 1000)]
+)
+def test_any_chunk(method, chunk):
+    """And sizes of their own: one channel, an odd number of states, a single pair that turns."""
+    check(random_inputs(2, 21, 2, 3, 1, 5, 1), "interleaved", None, [method], chunk)
 
 
-@pytest.mark.parametrize(("l", "r"), [(517, 4), (2049, 1)])
-def test_long(l, r):
-    check(random_inputs(1, l, 2, r, 2, 4, 2, seed=l), resets=some((1, l), 0.003))
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_any_chunk(chunk):
-    check(random_inputs(2, 21, 2, 3, 3, 4, 2), methods=["chunked"], chunk=chunk)
+def test_long():
+    check(random_inputs(1, 1025, 2, 1, 2, 4, 2), resets=some((1, 1025), 0.005))
 
 
 def test_long_memory():
-    """Time steps so small that the first token still counts after 2,049: nothing is cut off."""
-    inputs = random_inputs(1, 2049, 2, 1, 2, 4, 2)
+    """Time steps so small that the first token still counts after 1,025: nothing is cut off."""
+    inputs = random_inputs(1, 1025, 2, 1, 2, 4, 2)
     inputs["delta"] *= 1e-4
     check(inputs, resets=no_resets(inputs))
 
@@ -379,11 +375,11 @@ def test_nan_in_an_angle_is_not_lost(method):
 # --- the interface ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["auto", *METHODS])
+@pytest.mark.parametrize("method", ["auto", "recurrence"])
 def test_what_is_left_out(method):
     """No D is 0, no state is zeros, and without ``return_state`` there is only y."""
-    inputs = random_inputs(2, 40, 2, 1, 2, 4, 2)
-    zeros = inputs | {"D": np.zeros(2), "state": TrapezoidState.zeros(2, 2, 1, 2, 4, 2)}
+    inputs = random_inputs(2, 19, 2, 2, 2, 4, 2)
+    zeros = inputs | {"D": np.zeros(2), "state": TrapezoidState.zeros(2, 2, 2, 2, 4, 2)}
     expected, _ = trapezoid_loop(**zeros)
     y = scan(**as_float32({k: inputs[k] for k in ALONG_TIME}), method=method)
     assert relative_error(y, expected) < 2e-5
@@ -391,7 +387,7 @@ def test_what_is_left_out(method):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_computes_in_float32_and_returns_the_dtype_of_x(dtype):
-    inputs = jax.tree.map(lambda v: jnp.asarray(v, dtype), random_inputs(1, 33, 2, 2, 2, 4, 2))
+    inputs = jax.tree.map(lambda v: jnp.asarray(v, dtype), random_inputs(1, 19, 2, 2, 2, 4, 2))
     y, state = scan(**inputs, return_state=True)
     expected, last = trapezoid_loop(**jax.tree.map(lambda v: np.asarray(v, np.float64), inputs))
     assert y.dtype == dtype and all(v.dtype == jnp.float32 for v in state)
