@@ -117,10 +117,9 @@ def pad_to_chunks(v, T):
 
 
 def to_chunks(v, T):
-    """(b, l, …, k) -> (l / T, b, …, T, k): time next to the last axis."""
+    """(b, l, …) -> (l / T, b, T, …)."""
     v = pad_to_chunks(v, T)
-    v = v.reshape(v.shape[0], v.shape[1] // T, T, *v.shape[2:])
-    return jnp.moveaxis(v, (1, 2), (0, -2))
+    return v.reshape(v.shape[0], -1, T, *v.shape[2:]).swapaxes(0, 1)
 
 
 def forward_by_loop(T, x, delta, A, B, C, h0, resets):

@@ -1,11 +1,8 @@
 """The recurrence of Mamba-3: a two-point rule in time, a state that turns, several inputs a step.
 
-    h_t = α_t h_{t−1} + β_t Σ_r x_{t−1,r} ⊗ B̃_{t−1,r} + γ_t Σ_r x_{t,r} ⊗ B̃_{t,r}
-    y_{t,r} = h_t C̃_{t,r} + D x_{t,r},    α = exp(Δ A),  β = (1 − λ) Δ α,  γ = λ Δ
-
-B̃ and C̃ are B and C, turned (``mamba.rotation``); the rule is ``mamba.discretize.trapezoid_diag``.
-As a matrix: token s writes with the weight γ_s at once, and with (1 − λ) Δ of the next token more
-before that token fades it all. So Mamba-2's mask has both weights, but on its diagonal one:
+``trapezoidal_scan`` states it; its rule is ``mamba.discretize.trapezoid_diag``. As a matrix: token
+s writes with the weight γ_s at once, and with (1 − λ) Δ of the next token more before that token
+fades it all. So Mamba-2's mask has both weights, but on its diagonal one:
 
     y = (M ∘ C̃ B̃ᵀ) x,    M_ts = α_{s+1} … α_t (γ_s + (1 − λ_{s+1}) Δ_{s+1}) for s < t,    M_tt = γ_t
 
@@ -21,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from mamba.checks import check_axes, check_chunk, check_shapes, choose_method
 from mamba.chunked import to_chunks
-from mamba.rotation import PAIRS, rotate, running_angle, running_sum
+from mamba.rotation import PAIRS, cos_and_sin, rotate, running_angle, running_sum
 from mamba.ssd import FORGOTTEN, decays, faded
 
 __all__ = [
@@ -38,6 +35,9 @@ __all__ = [
 
 METHODS = ("recurrence", "chunked")
 ROWS = 32  # rows of a chunk's matrix: r for each token
+# (b, T, h, r, ·) to (b, h, r, T, ·), as products of matrices need it, chunk by chunk in the cache.
+_heads_first = partial(jnp.moveaxis, source=1, destination=-2)
+_time_first = partial(jnp.moveaxis, source=-2, destination=1)
 
 
 class TrapezoidState(NamedTuple):
@@ -146,7 +146,7 @@ def trapezoidal_scan(
     if resets is not None:
         log_a = jnp.where(resets[..., None], -jnp.inf, log_a)  # a reset: a step that forgets all
     angle = running_angle(theta, state.angle, resets)  # (b, l, h, s)
-    turn = [f(angle)[..., None, :] for f in (jnp.cos, jnp.sin)]  # (b, l, h, 1, s)
+    turn = [v[..., None, :] for v in cos_and_sin(angle)]  # (b, l, h, 1, s)
 
     if method == "recurrence":
         steps = [jnp.moveaxis(v, 1, 0) for v in (x, log_a, before, now, B, C, *turn, real)]
@@ -161,9 +161,9 @@ def trapezoidal_scan(
         kept = [jnp.where(forgets[:, 0, :, None, None], 0.0, v) for v in state[1:]]
         h_first = kept[0] + outer(upcoming[:, 0], kept[2], kept[1])
         scalars = [v[..., None, None] for v in (log_a, write, now)]  # (b, l, h, 1, 1)
-        chunks = [to_chunks(v, T) for v in (x, *scalars, B, C, *turn)]  # (l / T, b, h, ·, T, ·)
+        chunks = [to_chunks(v, T) for v in (x, *scalars, B, C, *turn)]  # (l / T, b, T, h, ·, ·)
         h_last, y = scan_chunks(pairs, h_first, *chunks)
-        y = jnp.moveaxis(y, (0, -2), (1, 2)).reshape(b, -1, h, r, p)[:, :l]
+        y = y.swapaxes(0, 1).reshape(b, -1, h, r, p)[:, :l]
         last = h_last, *_last_token(state, log_a, x, B, turn, real, pairs)
     if D is not None:
         y = y + jnp.asarray(D, jnp.float32)[:, None, None] * x
@@ -195,12 +195,12 @@ def trapezoid_chunk(pairs, state, inputs):
     """One chunk of T tokens, by products of matrices.
 
     state: h (b, h, p, n) before the chunk, with all that the token before will write. inputs: x
-    (b, h, r, T, p); log α, the weight with which each token writes, γ (b, h, 1, T, 1) each; B, C
-    (b, h, r, T, n); cos θ, sin θ (b, h, 1, T, s) each.
+    (b, T, h, r, p); log α, the weight with which each token writes, γ (b, T, h, 1, 1) each; B, C
+    (b, T, h, r, n); cos θ, sin θ (b, T, h, 1, s) each.
     -> the next state, and the two parts of y without D x, (b, h, r, T, p) each: what the tokens of
     the chunk wrote, and what the state brought
     """
-    x, log_a, write, now, B, C, cos, sin = inputs
+    x, log_a, write, now, B, C, cos, sin = map(_heads_first, inputs)
     B, C = rotate(B, cos, sin, pairs), rotate(C, cos, sin, pairs)
     _, M, from_start, to_end = two_point_mask(log_a, write, now)
     fit = jnp.einsum("bhrtn,bhqsn->bhrtqs", C, B)
@@ -213,8 +213,7 @@ def trapezoid_chunk(pairs, state, inputs):
 def two_point_mask(log_a, write, now):
     """The mask M (b, h, 1, T, 1, T), and L, from_start and to_end of ``mamba.ssd.decays``."""
     L, from_start, to_end = decays(log_a[..., 0])  # (b, h, 1, T, T), (b, h, 1, T) twice
-    own = jnp.eye(L.shape[-1], dtype=bool)
-    M = jnp.where(own, now, L * write.swapaxes(-1, -2))  # (b, h, 1, T, T)
+    M = jnp.where(jnp.eye(L.shape[-1], dtype=bool), now, L * write.swapaxes(-1, -2))
     return L, M[:, :, :, :, None], from_start, to_end
 
 
@@ -223,14 +222,14 @@ def two_point_mask(log_a, write, now):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def scan_chunks(pairs, state, *inputs):
-    """``trapezoid_chunk`` for one chunk after another: the first axis of every input."""
+    """``trapezoid_chunk`` for one chunk after another: inputs of shape (l / T, b, T, h, …)."""
     return _scan_forward(pairs, state, *inputs)[0]
 
 
 def _scan_forward(pairs, state, *inputs):
     def chunk(first, chunk_inputs):
         state, inside, before = trapezoid_chunk(pairs, first, chunk_inputs)
-        return state, (inside + before, first, before)
+        return state, (_time_first(inside + before), first, before)
 
     state, (y, firsts, befores) = jax.lax.scan(chunk, state, inputs)
     return (state, y), (firsts, befores, *inputs)
@@ -253,7 +252,8 @@ def trapezoid_chunk_gradients(pairs, dstate, inputs):
     before the chunk, what that brought to y, and the inputs of ``trapezoid_chunk``.
     -> the gradient of the state before the chunk, and those of the inputs of ``trapezoid_chunk``
     """
-    dy, state, before, x, log_a, write, now, B, C, cos, sin = inputs
+    dy, state, before, *inputs = inputs
+    dy, x, log_a, write, now, B, C, cos, sin = map(_heads_first, (dy, *inputs))
     turn = lambda B, C, *turn: (rotate(B, *turn, pairs), rotate(C, *turn, pairs))  # noqa: E731
     (B, C), turn_back = jax.vjp(turn, B, C, cos, sin)
     L, M, from_start, to_end = two_point_mask(log_a, write, now)
@@ -282,9 +282,8 @@ def trapezoid_chunk_gradients(pairs, dstate, inputs):
     dlog_a = jnp.where(log_a[..., 0] < FORGOTTEN, 0.0, pairs_over + reads + writes + through)
 
     dstate = faded(from_start[..., -1], dstate) + jnp.einsum("bhrtp,bhrtn->bhpn", dread, C)
-    dnow = jnp.diagonal(dM, axis1=-2, axis2=-1)
-    dB, dC, dcos, dsin = turn_back((dB, dC))
-    return dstate, (dx, *(v[..., None] for v in (dlog_a, dwrite, dnow)), dB, dC, dcos, dsin)
+    scalars = [v[..., None] for v in (dlog_a, dwrite, jnp.diagonal(dM, axis1=-2, axis2=-1))]
+    return dstate, [_time_first(v) for v in (dx, *scalars, *turn_back((dB, dC)))]
 
 
 def _last_token(state, log_a, x, B, turn, real, pairs):

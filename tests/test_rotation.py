@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba.rotation import PAIRS, fixed_point_turns, rotate, running_angle, running_sum
+from mamba.rotation import PAIRS, cos_and_sin, fixed_point_turns, rotate, running_angle, running_sum
 
 
 def angle_error(actual, expected):
@@ -26,6 +26,16 @@ def test_a_turn_is_a_complex_product(pairs, s):
     expected[..., first], expected[..., second] = z.real, z.imag
     turned = rotate(*map(np.float32, (v, np.cos(angle), np.sin(angle))), pairs)
     np.testing.assert_allclose(turned, expected, atol=1e-6)
+
+
+def test_cosines_and_sines_with_their_derivatives():
+    angle = np.linspace(-np.pi, np.pi, 10**5, dtype=np.float32)
+    one = np.ones_like(angle)
+    (cos, sin), (dcos, dsin) = jax.jvp(cos_and_sin, (angle,), (one,))
+    exact = np.cos(np.float64(angle)), np.sin(np.float64(angle))
+    for actual, expected in ((cos, exact[0]), (sin, exact[1]), (dcos, -exact[1]), (dsin, exact[0])):
+        np.testing.assert_allclose(actual, expected, atol=7e-7, rtol=0)
+    assert np.isnan(cos_and_sin(np.float32(np.nan))).all()
 
 
 def test_turns_are_exact_to_a_unit():
