@@ -330,7 +330,7 @@ def test_a_reset_discards_nan(method):
         v[0] = 0.0
     for name in ("x", "B", "theta"):
         inputs[name] = np.array(inputs[name])
-        inputs[name][1, 13] = np.nan
+        inputs[name][1, [13, 15]] = np.nan  # 15: right before the reset
     dy = np.ones_like(inputs["x"])
     dy[1, :16] = 0.0
     dstate = TrapezoidState(*map(np.ones_like, inputs["state"]))
