@@ -54,7 +54,7 @@ network-test: $(INSTALLED) ## compare with the published outputs of the publishe
 
 kernel-records: $(INSTALLED) ## compare with recorded outputs of Mamba-3's kernels (RECORDS=folder)
 	@test -n "$(RECORDS)" || echo "no RECORDS=folder given: see tests/test_kernel_records.py for the public files"
-	RECORDS="$(RECORDS)" $(BIN)/pytest -m kernel_records -rs tests/test_kernel_records.py $(ARGS)
+	RECORDS="$(RECORDS)" $(BIN)/pytest -m kernel_records -rs tests $(ARGS)
 
 fuzz: $(FUZZ) ## search for weights files that break the readers (installs atheris)
 	@set -e; for target in bin pickle safetensors; do echo "$$target"; \

@@ -24,7 +24,8 @@ from _report import head, load_average, write
 
 from mamba import MambaConfig
 from mamba.mamba1 import MambaBlock
-from mamba.train.presets import PRESETS, Preset, evaluate_at, run
+from mamba.train.experiment import Preset, evaluate_at, run
+from mamba.train.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITTEN = [ROOT / path for path in ("benchmarks/results", "mamba_book/data")]

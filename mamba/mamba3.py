@@ -101,12 +101,13 @@ class Mamba3Block(nn.Module):
     """The exponential-trapezoidal recurrence and what surrounds it.
 
         z, x, B, C, dt, a, trap, angles = split(in_proj(u))
-        Δ = softplus(dt + bias),   A = −max(f(a), floor),   λ = sigmoid(trap)
+        Δ = softplus(dt + bias),   A = −max(heavy_tail(a), floor),   λ = sigmoid(trap)
         y = scan(x, Δ, A, λ, RMSNorm(B) + B_bias, RMSNorm(C) + C_bias, Δ π tanh(angles), D)
         out = out_proj(y ⊙ silu(z))
 
-    With R inputs a step (MIMO), x and z are R copies, each scaled channel by channel (mimo_x,
-    mimo_z), and the R outputs are added up with weights (mimo_o).
+    Heads share B and C by group, as in Mamba-2, and the angles, but each multiplies these by its
+    own Δ. With R inputs a step (MIMO), there are R of B and of C. x and z are R copies, each scaled
+    channel by channel (mimo_x, mimo_z), and the R outputs are added up with weights (mimo_o).
 
     Args:
         u: (b, l, d_model) input.
@@ -128,11 +129,11 @@ class Mamba3Block(nn.Module):
         dense = partial(linear, use_bias=False, dtype=c.dtype)
         heads, resets = (b, l, c.n_heads), ignore_resets_in_padding(resets, lengths)
 
-        group = c.rank * c.n_groups * c.d_state  # of B, and of C
-        widths = np.array([c.d_inner, c.d_inner, group, group, *[c.n_heads] * 3, c.n_angles])
+        of_B = c.rank * c.n_groups * c.d_state  # width of B, and of C
+        widths = np.array([c.d_inner, c.d_inner, of_B, of_B, *[c.n_heads] * 3, c.n_angles])
         parts = jnp.split(dense(widths.sum(), name="in_proj")(u), widths.cumsum()[:-1], axis=-1)
-        z, x, B, C, *small = parts
-        dt, a, trap, angles = (v.astype(jnp.float32) for v in small)  # (b, l, h) three times, s
+        z, x, B, C, *rest = parts
+        dt, a, trap, angles = (v.astype(jnp.float32) for v in rest)  # (b, l, h) thrice, (b, l, s)
 
         delta = zero_at_padding(self.time_steps(dt), lengths)  # (b, l, h)
         rate = heavy_tail(a) if c.heavy_tail else nn.softplus(a)
@@ -151,24 +152,28 @@ class Mamba3Block(nn.Module):
         y = y.astype(jnp.float32) * nn.silu(z.astype(jnp.float32))  # (b, l, h, r, p)
         if c.is_mimo:
             y = y * self.mix("mimo_o", 1 / c.rank)
-        y = y.sum(3).reshape(b, l, c.d_inner)
+        y = y.sum(3).reshape(b, l, c.d_inner)  # over r
 
         init = residual_init(c.n_layer * (2 if c.d_intermediate else 1))  # two branches with an MLP
         return dense(c.d_model, name="out_proj", kernel_init=init)(y), state  # (b, l, d_model)
 
     def time_steps(self, dt):
-        """Δ = softplus(dt + bias). dt: (b, l, h) -> (b, l, h)."""
+        """Δ = softplus(dt + bias), and never 0, which would mark padding. dt: (b, l, h)."""
         c = self.config
         bias_init = dt_bias_init(c.dt_min, c.dt_max, c.dt_init_floor)
-        return nn.softplus(dt + self.param("dt_bias", bias_init, (c.n_heads,)))
+        delta = nn.softplus(dt + self.param("dt_bias", bias_init, (c.n_heads,)))
+        return jnp.maximum(delta, jnp.finfo(delta.dtype).tiny)  # (b, l, h)
 
     def for_heads(self, v, name):
-        """B or C, normed, one for each head, plus its bias. (b, l, r g n) -> (b, l, h, r, n)."""
+        """B or C: normed, that of its group for each head, plus a bias. -> (b, l, h, r, n)
+
+        v: (b, l, r · g · n), laid out in this order
+        """
         c, (b, l, _) = self.config, v.shape
         v = v.reshape(b, l, c.rank, c.n_groups, c.d_state)
         v = RMSNorm(c.norm_eps, name=f"{name}_norm")(v)  # over n
         v = jnp.repeat(v.swapaxes(2, 3), c.n_heads // c.n_groups, axis=2)  # (b, l, h, r, n)
-        return v + self.param(f"{name}_bias", nn.initializers.ones, v.shape[2:])
+        return v + self.param(f"{name}_bias", nn.initializers.ones, v.shape[2:])  # (h, r, n)
 
     def mix(self, name, start):
         """A weight for each input or output of each channel: (h, r, p)."""

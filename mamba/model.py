@@ -2,8 +2,9 @@
 
     tokens -> embedding -> n_layer × (x + block(RMSNorm(x))) -> RMSNorm -> logits
 
-The type of the configuration says which block. Source: Mamba (Gu & Dao, 2023), §3.4; initialization
-and numerics as in the released code (state-spaces/mamba, ``mixer_seq_simple.py``).
+The type of the configuration says which block; Mamba-3's may have an MLP after each. Source: Mamba
+(Gu & Dao, 2023), §3.4; initialization and numerics as in the released code (state-spaces/mamba,
+``mixer_seq_simple.py``).
 """
 
 from typing import Any
@@ -130,7 +131,7 @@ class Mamba(nn.Module):
                 again without a network.
             revision: a branch, tag or commit of the repository.
             dtype: float32, bfloat16 or float16: of the matrices and of the products with them.
-                Norms, the Δ bias, A_log and D stay float32.
+                Norms, A_log, D, the biases of Δ, B and C, and MIMO's weights stay float32.
             cache_dir: folder to use instead of the hub's own cache.
 
         NaN or infinity in the weights is loaded, with a warning that names the tensor.

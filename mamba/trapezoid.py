@@ -120,9 +120,8 @@ def trapezoidal_scan(
     check_axes(x=(x, "b l h r p"), B=(B, "b l h r n"))
     (b, l, h, r, p), n = x.shape, B.shape[-1]
     s = theta.shape[-1] if getattr(theta, "shape", ()) else 0
-    shapes = {"x": x.shape} | dict.fromkeys(("delta", "A", "lam"), (b, l, h))
-    shapes |= {"theta": (b, l, h, s), "D": (h,), "resets": (b, l)}
-    shapes |= dict.fromkeys("BC", (b, l, h, r, n))
+    shapes = {"x": x.shape, "theta": (b, l, h, s), "D": (h,), "resets": (b, l)}
+    shapes |= dict.fromkeys("BC", (b, l, h, r, n)) | dict.fromkeys(["delta", "A", "lam"], (b, l, h))
     inputs = {"x": x, "delta": delta, "A": A, "lam": lam, "B": B, "C": C, "theta": theta}
     check_shapes(shapes, **inputs, D=D, resets=resets)
     if s > n // 2:

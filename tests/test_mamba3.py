@@ -19,7 +19,15 @@ from mamba.layers import GatedMLP
 from mamba.mamba3 import Mamba3Config, heavy_tail
 from mamba.model import Mamba, ResidualBlock
 from tests.helpers.checkpoints import abstract_params
-from tests.helpers.models import SMALL_3, SMALL_MIMO, make, mlp_loop, to_float64
+from tests.helpers.models import (
+    SMALL_3,
+    SMALL_MIMO,
+    assert_close,
+    block_loop_3,
+    make,
+    mlp_loop,
+    to_float64,
+)
 from tests.helpers.parameters import assert_uniform, in_bfloat16
 
 # --- sizes and rates ----------------------------------------------------------------------------
@@ -35,7 +43,8 @@ def test_derived_sizes():
         for n, share in [(5, 1.0), (7, 0.5), (6, 0.5), (1, 1.0), (3, 0.5), (8, None)]
     ]
     assert angles == [2, 1, 1, 0, 0, 0]  # of an even number of states
-    assert dataclasses.replace(c, d_intermediate=1280).mlp_width == 1280
+    widths = [dataclasses.replace(c, d_intermediate=n).mlp_width for n in (1, 128, 129, 1280)]
+    assert widths == [128, 128, 256, 1280]
     state = dataclasses.replace(c, head_dim=32).zero_state(2)
     shapes = [(2, 48, 64), (2, 48, 32, 128), (2, 48, 3, 128), (2, 48, 3, 32)]
     assert [v.shape for v in state] == shapes
@@ -66,6 +75,18 @@ def test_the_floor_holds():
     dt = (u[0] @ kernel[:, widths - c.n_heads : widths])[0] + params["dt_bias"]
     expected = np.exp(-0.3 * np.logaddexp(0, np.float64(dt)))  # (h,)
     np.testing.assert_allclose((faded - without)[0, :, 0, 0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [-80.0, -200.0])  # e^-200 is 0 in float32
+def test_a_token_with_a_time_step_of_almost_0_is_still_a_token(bias):
+    """It reads the state, and the next token finds it: padding, where Δ = 0, does neither."""
+    c, (_, params) = SMALL_3, make(SMALL_3)
+    p = params["layers_0"]["mixer"] | {"dt_bias": np.full(6, bias, np.float32)}
+    u = np.random.default_rng(0).normal(size=(1, 2, 12))
+    state = jax.tree.map(lambda v: np.ones(v.shape), c.zero_state(1))
+    expected = block_loop_3(to_float64(p), u, c, state)
+    arrays = jnp.float32(u), jax.tree.map(jnp.float32, state)
+    assert_close(jax.jit(c.block(None).apply)({"params": p}, *arrays), expected, 1e-5)
 
 
 # --- dtypes -------------------------------------------------------------------------------------

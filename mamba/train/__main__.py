@@ -14,8 +14,9 @@ import jax
 from mamba.model import Mamba
 from mamba.train.ablation import SELECTIVE
 from mamba.train.corpus import bits_per_byte, encode, read_texts, text_batches, train_tokenizer
+from mamba.train.experiment import BLOCKS, evaluate_at, run
 from mamba.train.loop import train
-from mamba.train.presets import BLOCKS, PRESETS, evaluate_at, run
+from mamba.train.presets import PRESETS
 from mamba.train.results import write_results
 
 LANGUAGE_MODEL = "language-model"
@@ -29,6 +30,8 @@ examples:
   %(prog)s induction-heads --steps 3000 --carry --weight-decay 0
   %(prog)s induction-heads --preset paper --out runs/induction --results induction.json
   %(prog)s induction-heads --preset paper --out runs/induction --resume
+  %(prog)s parity --preset minute                              can a block count modulo 2?
+  %(prog)s parity --block mamba2                               (mamba2 cannot)
   %(prog)s language-model --text notes/ --out my-model
   python -m mamba --model my-model "Dear "                     what that model writes
 """
@@ -160,17 +163,17 @@ def _preset(args):
         for name in (*fields, "lengths")
         if getattr(args, name) is not None
     }
-    model = dict(preset.model)
+    block, model = args.block or preset.block, dict(preset.model)
     if args.dt_init:
         model["dt_min"], model["dt_max"] = args.dt_init
     if args.d_state is not None:
         model["d_state"] = args.d_state
     if args.head_dim is not None:
-        if args.block not in ("mamba2", "mamba3"):
+        if block not in ("mamba2", "mamba3"):
             raise ValueError("--head-dim is for mamba2 and mamba3: Mamba's block has no heads")
         model["head_dim"] = args.head_dim
     if args.rope_fraction is not None:
-        if args.block != "mamba3":
+        if block != "mamba3":
             raise ValueError("--rope-fraction is for --block mamba3: no other block turns states")
         model["rope_fraction"] = args.rope_fraction or None
     return dataclasses.replace(preset, model=model, **changes)
@@ -235,7 +238,7 @@ def _parser():
         "--preset",
         default="laptop",
         choices=["minute", "laptop", "paper"],
-        help="size of the run; only selective-copying has minute (default: laptop)",
+        help="size of the run (default: laptop); not every task has all three",
     )
     add(
         "--selective",
@@ -243,7 +246,7 @@ def _parser():
         metavar="NAMES",
         help="which of delta,B,C depend on the input, or none (default: all three)",
     )
-    add("--block", choices=BLOCKS, help="of which generation (default: mamba)")
+    add("--block", choices=BLOCKS, help="of which generation (default: the preset's)")
     add("--head-dim", type=int, metavar="N", help="channels of a head, for mamba2 and mamba3")
     add("--rope-fraction", type=float, metavar="R", help="share of states that turn, for mamba3")
     add("--d-state", type=int, metavar="N", help="states of a channel (default: the block's)")

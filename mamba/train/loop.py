@@ -104,7 +104,8 @@ def train(
         optimizer: from optax, see ``make_optimizer``.
         steps: number of steps in the whole run.
         seed: of the parameters.
-        carry: whether each row continues from the state after the same row of the batch before.
+        carry: whether each row continues from the state after the same row of the batch before; or
+            a function, step number -> (b,) bool: which rows do.
         held_out: batches for ``evaluate``.
         evaluate_every: steps between two evaluations; there is one at the end, too. None: only
             that one.
@@ -145,6 +146,8 @@ def train(
         defer_interrupt() as interrupts,
     ):
         for step in range(first, steps):
+            if callable(carry):
+                state = state._replace(carried=_keep_rows(state.carried, carry(step)))
             batch = jax.device_put(data(step), by_row)
             state, metrics = train_step(model, optimizer, mesh, state, batch)
             history.add(metrics)
@@ -209,3 +212,9 @@ class History:
 @partial(jax.jit, static_argnames=("model",))
 def _initial_params(model, key):
     return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+
+@jax.jit
+def _keep_rows(state, kept):
+    """A decoding state, with zeros in all rows but those of kept (b,)."""
+    return jax.tree.map(lambda v: jax.vmap(jnp.where)(kept, v, jnp.zeros_like(v)), state)

@@ -7,19 +7,33 @@ of new sequences, and it says in which places an answer is due. Tokens are small
     copying              3 7 5 . . . . . . . . | | |     the same from a fixed distance
     induction_heads      4 1 9 * 6 2 8 8 0 3 1 *         what followed * the last time?
     associative_recall   a 5 b 2 c 9 . . b . a . c       look up every key once
+    modular_addition     3 1 4 0 2 2 1 3                 the sum so far, modulo 5: 3 4 3 3 0 2 3 1
+    permutations         c a f b b d e a                 the product of the permutations so far
 
 Sources: Mamba (Gu & Dao, 2023), §3.1, §4.1 and Figure 2; Arjovsky et al. (2016) for copying, Jing
 et al. (2019) for its selective form; Olsson et al. (2022) for induction heads; Arora et al. (2023)
-for associative recall with many queries (MQAR).
+for associative recall with many queries (MQAR); Grazzi et al. (2024), Merrill et al. (2024) and
+Mamba-3 (Lahoti et al., 2026) for the last two, which ask to track a state.
 """
 
+import itertools
+import math
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-__all__ = ["Batch", "associative_recall", "copying", "induction_heads", "selective_copying"]
+__all__ = [
+    "Batch",
+    "associative_recall",
+    "copying",
+    "induction_heads",
+    "modular_addition",
+    "permutations",
+    "selective_copying",
+]
 
 
 class Batch(NamedTuple):
@@ -119,6 +133,64 @@ def associative_recall(key, batch, length, *, vocab_size=64, n_pairs=8):
     tokens = empty.at[:, : 2 * n_pairs].set(pairs).at[rows, places].set(keys)  # (b, l)
     targets = empty.at[rows, places].set(values)
     return Batch(tokens, targets, targets > 0)
+
+
+@partial(jax.jit, static_argnames=("batch", "length", "vocab_size"))
+def modular_addition(key, batch, length, *, vocab_size=5, before=None):
+    """Random digits; at every place, what is the sum so far, modulo vocab_size?
+
+    Sequences of ``length`` tokens 0 … vocab_size − 1, all equally likely. The target at each place
+    is the sum of its token and of all before it, modulo vocab_size. With vocab_size = 2 this is
+    parity: is the number of ones so far odd? Every target depends on every token up to its place:
+    without one of them, the others say nothing about it. Chance: 1 / vocab_size.
+    before: (b,) sums of earlier sequences that these continue, or None. The targets have the same
+    values whatever came before; only the first token depends on it.
+    -> Batch. Raises ValueError for sizes that hold no such sequence.
+    """
+    _check_sizes(batch=batch, length=length)
+    _check(vocab_size >= 2, f"vocab_size must be at least 2 (two digits), got {vocab_size}")
+    states = jax.random.randint(key, (batch, length), 0, vocab_size, jnp.int32)
+    return _tracking(states, before, lambda last, state: (state - last) % vocab_size)
+
+
+@partial(jax.jit, static_argnames=("batch", "length", "vocab_size"))
+def permutations(key, batch, length, *, vocab_size=6, before=None):
+    """Random rearrangements of n things; at every place, in which order do the things stand?
+
+    Sequences of ``length`` tokens 0 … vocab_size − 1, all equally likely. They are the
+    vocab_size = n! permutations of n things, in the order of ``itertools.permutations``; the first
+    one changes nothing. The token j turns the order s into s[j[0]], s[j[1]], …; the target at each
+    place is the number of the order after its token. From n = 3 on, it matters which of two
+    permutations comes first. (Merrill et al. ask for n = 5.) Chance: 1 / vocab_size.
+    before: (b,) orders after earlier sequences that these continue, or None, see
+    ``modular_addition``.
+    -> Batch. Raises ValueError for sizes that hold no such sequence.
+    """
+    _check_sizes(batch=batch, length=length)
+    quotients = jnp.argsort(_products(vocab_size), axis=1)  # [i, k]: the j that turns i into k
+    states = jax.random.randint(key, (batch, length), 0, vocab_size, jnp.int32)
+    return _tracking(states, before, lambda last, state: quotients[last, state].astype(jnp.int32))
+
+
+def _tracking(states, before, token):
+    """The Batch in which every target is the state at its place. states: (b, l).
+
+    before: (b,) states before the first token; None: 0.   token: a function of two states in a row,
+    -> the token that leads from one to the other.
+    """
+    before = jnp.zeros_like(states[:, 0]) if before is None else before
+    last = jnp.concatenate([before[:, None], states[:, :-1]], axis=1)  # (b, l)
+    return Batch(token(last, states), states, jnp.ones(states.shape, bool))
+
+
+def _products(size):
+    """Number of the order that permutation j makes of order i, at [i, j]: (n!, n!), n! = size."""
+    n = next(n for n in itertools.count(2) if math.factorial(n) >= size)
+    message = f"vocab_size must be 2, 6, 24, 120 or another factorial, got {size}"
+    _check(size == math.factorial(n), message)
+    orders = np.array(list(itertools.permutations(range(n))))  # (n!, n)
+    digits = n ** np.arange(n)[::-1]  # an order as a number of n digits: larger for a later order
+    return np.searchsorted(orders @ digits, orders[:, orders] @ digits)
 
 
 def _places(key, batch, length, n):

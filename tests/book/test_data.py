@@ -8,7 +8,7 @@ from tests.helpers.book import ROOT, load_script
 
 
 @pytest.mark.parametrize(
-    "name", ["decays", "generate", "hardware", "language_model", "scan", "ssd"]
+    "name", ["decays", "generate", "hardware", "language_model", "scan", "ssd", "state_tracking"]
 )
 def test_the_measurements_that_a_chapter_reads_are_those_of_the_benchmark(name):
     folders = ROOT / "mamba_book" / "data", ROOT / "benchmarks" / "results"

@@ -105,10 +105,11 @@ def test_the_primer_stays_one_screen():
 # --- Mamba on one page ----------------------------------------------------------------------------
 
 
-def table(title):
-    """The rows of the first table below this heading, without its head, as lists of words."""
+def table(title, number=0):
+    """The rows of a table below this heading, without its head, as lists of words."""
     section = SHEET.split(f"\n## {title}\n")[1].split("\n## ")[0]
-    rows = re.findall(r"^\|(.*)\|$", section, flags=re.MULTILINE)[2:]
+    tables = [part for part in section.split("\n\n") if part.startswith("|")]
+    rows = re.findall(r"^\|(.*)\|$", tables[number], flags=re.MULTILINE)[2:]
     return [[cell.strip() for cell in row.split("|")] for row in rows]
 
 
@@ -212,7 +213,7 @@ MAMBA2 = {
 }
 
 
-@pytest.mark.parametrize("row", table("Sizes of Mamba-2"), ids=lambda row: row[0])
+@pytest.mark.parametrize("row", table("Sizes and shapes of Mamba-2"), ids=lambda row: row[0])
 def test_the_sizes_of_mamba2_are_those_of_the_module(row):
     config = MAMBA2[row[0]]
     d_model, n_layer, heads, groups, parameters, state_bytes = map(whole, row[1:])
@@ -255,7 +256,7 @@ def test_the_shapes_of_mamba2_are_those_of_the_module():
     sizes = {"b": b, "l": l, "h": h, "p": c.head_dim, "g": g, "n": c.d_state}
     sizes |= {"d_inner": c.d_inner}
     written = {}
-    for row in table("Shapes of Mamba-2"):
+    for row in table("Sizes and shapes of Mamba-2", 1):
         for names, shape in (row[:2], row[2:]):
             shape = eval(shape.strip("`"), sizes.copy())  # "(b, l, h)", from our own page
             written |= dict.fromkeys(names.replace("`", "").split(", "), shape)
@@ -277,7 +278,7 @@ MAMBA3 = {
 }
 
 
-@pytest.mark.parametrize("row", table("Sizes of Mamba-3"), ids=lambda row: row[0])
+@pytest.mark.parametrize("row", table("Sizes and shapes of Mamba-3"), ids=lambda row: row[0])
 def test_the_sizes_of_mamba3_are_those_of_the_module(row):
     c = MAMBA3[row[0]]
     d_model, n_layer, heads, rank, width, parameters, state_bytes = map(whole, row[1:])
@@ -323,7 +324,7 @@ def test_the_shapes_of_mamba3_are_those_of_the_module():
     b, l, h, r = 2, 5, c.n_heads, c.rank
     sizes = {"b": b, "l": l, "h": h, "r": r, "p": c.head_dim, "n": c.d_state, "s": c.n_angles}
     written = {}
-    for row in table("Shapes of Mamba-3"):
+    for row in table("Sizes and shapes of Mamba-3", 1):
         for names, shape in (row[:2], row[2:]):
             shape = eval(shape.strip("`"), sizes.copy())  # "(b, l, h)", from our own page
             written |= dict.fromkeys(names.replace("`", "").split(", "), shape)
@@ -334,7 +335,12 @@ def test_the_shapes_of_mamba3_are_those_of_the_module():
     first = jax.eval_shape(lambda: c.zero_state(b))
     assert y.shape == written["y"]
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, first)
-    assert (state.h.shape, state.angle.shape) == (written["state"], written["angle"])
+    assert "$h$ `(b, h, p, n)`, $\\theta$ `(b, h, s)`" in SHEET
+    assert state.h.shape == (b, h, c.head_dim, c.d_state) and state.angle.shape == (
+        b,
+        h,
+        c.n_angles,
+    )
 
 
 @pytest.mark.parametrize("name", CHAPTERS)

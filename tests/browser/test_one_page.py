@@ -1,5 +1,5 @@
 """The sheet with all equations: printed to PDF by Chromium, it is the two sides of one sheet of A4,
-Mamba in front and Mamba-2 on the back, and legible.
+Mamba in front, Mamba-2 and Mamba-3 on the back, and legible.
 """
 
 import re

@@ -72,14 +72,11 @@ CONFIGS = {
     ),
     "mamba3": SMALL_3,
     "mamba3, mimo": SMALL_MIMO,
-    "mamba3, one group, all turn": dataclasses.replace(
-        SMALL_3, n_layer=1, d_intermediate=None, d_state=6, n_groups=1, rope_fraction=1.0
-    ),
     "mamba3, mimo, nothing turns, floor, untied": dataclasses.replace(
         SMALL_MIMO,
         d_intermediate=129,
         d_state=3,
-        n_groups=4,
+        n_groups=1,
         mimo_rank=2,
         rope_fraction=None,
         A_floor=0.5,
@@ -89,7 +86,7 @@ CONFIGS = {
     ),
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-GENERATIONS = {"mamba": SMALL, "mamba2": SMALL_2, "mamba3": SMALL_3, "mamba3, mimo": SMALL_MIMO}
+GENERATIONS = {"mamba": SMALL, "mamba2": SMALL_2, "mamba3": SMALL_3}
 every_generation = pytest.mark.parametrize("config", GENERATIONS.values(), ids=GENERATIONS.keys())
 
 

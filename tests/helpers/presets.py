@@ -1,6 +1,6 @@
 """A preset that trains in a moment."""
 
-from mamba.train.presets import Preset
+from mamba.train.experiment import Preset
 
 TINY = Preset(
     task="selective-copying",

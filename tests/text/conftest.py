@@ -25,7 +25,9 @@ SIZES |= {"pad_vocab_size_multiple": 8, "tie_embeddings": False}
 CONFIGS = {
     "mamba": MambaConfig(**SIZES),
     "mamba2": Mamba2Config(**SIZES, head_dim=8, n_groups=2),
-    "mamba3": Mamba3Config(**SIZES, head_dim=8, n_groups=2, is_mimo=True, mimo_rank=2),
+    "mamba3": Mamba3Config(
+        **SIZES | {"n_layer": 1}, head_dim=8, n_groups=2, is_mimo=True, mimo_rank=2
+    ),
 }
 
 

@@ -41,7 +41,9 @@ def make_indifferent_model(vocab_size, **config):
 CONFIGS = {
     "mamba": lambda size: MambaConfig(vocab_size=size, **SIZES),
     "mamba2": lambda size: Mamba2Config(vocab_size=size, head_dim=8, n_groups=2, **SIZES),
-    "mamba3": lambda size: Mamba3Config(vocab_size=size, head_dim=8, d_intermediate=8, **SIZES),
+    "mamba3": lambda size: Mamba3Config(
+        vocab_size=size, head_dim=8, d_intermediate=8, **SIZES | {"n_layer": 1}
+    ),
 }
 
 
@@ -354,8 +356,9 @@ def test_logits_that_overflow_after_some_tokens(arguments, stop):
 
 
 def test_parameters_of_another_depth(arguments):
-    params = arguments["params"] | {"layers_2": arguments["params"]["layers_1"]}
-    with pytest.raises(ValueError, match="params are another model's: 3 layers, not 2"):
+    n = arguments["model"].config.n_layer
+    params = arguments["params"] | {f"layers_{n}": arguments["params"]["layers_0"]}
+    with pytest.raises(ValueError, match=f"params are another model's: {n + 1} layers, not {n}"):
         generate(**(arguments | {"params": params, "prompt": "def"}))
 
 

@@ -106,6 +106,16 @@ def test_another_generation_learns_and_is_resumed_bit_for_bit(tmp_path, model):
     assert_same(run(folder=tmp_path, model=model, carry=True, resume=True), whole)
 
 
+def test_some_rows_continue():
+    """A function says which: all or none of them, as True and False; and each row by itself."""
+    none, every = np.zeros(8, bool), np.ones(8, bool)
+    for rows, carry in ((none, False), (every, True)):
+        assert_same(run(steps=3, carry=lambda step, rows=rows: rows), run(steps=3, carry=carry))
+    one = run(steps=3, carry=lambda step: np.arange(8) == 2 * step)
+    curves = [run(steps=3, carry=carry).curve for carry in (True, False)]
+    assert not any(np.array_equal(one.curve, curve) for curve in curves)
+
+
 # --- where it stops -----------------------------------------------------------------------------
 
 

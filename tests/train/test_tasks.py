@@ -1,5 +1,6 @@
 """The synthetic tasks: the form of a batch, the places of the answers, and chance."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -8,7 +9,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mamba.train.tasks import Batch, associative_recall, copying, induction_heads, selective_copying
+from mamba.train.tasks import (
+    Batch,
+    associative_recall,
+    copying,
+    induction_heads,
+    modular_addition,
+    permutations,
+    selective_copying,
+)
 
 # Every task at a small size: function with its sizes, length of a row, answers in a row, chance.
 TASKS = {
@@ -16,6 +25,9 @@ TASKS = {
     "copying": (partial(copying, length=12, vocab_size=7, n_data=4), 16, 4, 1 / 5),
     "induction": (partial(induction_heads, length=12, vocab_size=7), 12, 1, 1 / 6),
     "recall": (partial(associative_recall, length=16, vocab_size=12, n_pairs=3), 16, 3, 1 / 6),
+    "addition": (partial(modular_addition, length=12), 12, 12, 1 / 5),
+    "parity": (partial(modular_addition, length=12, vocab_size=2), 12, 12, 1 / 2),
+    "permutations": (partial(permutations, length=12), 12, 12, 1 / 6),
 }
 ROWS = 4000
 every_task = pytest.mark.parametrize("name", TASKS)
@@ -128,6 +140,66 @@ def test_associative_recall_asks_for_every_key_once(batches):
     assert_uniform((keys == asked_first[:, None]).argmax(1), 0, 3)  # in any order
 
 
+@pytest.mark.parametrize(("name", "digits"), [("parity", 2), ("addition", 5)])
+def test_addition_asks_for_the_sum_so_far(batches, name, digits):
+    tokens, targets, _ = batches[name]
+    assert_uniform(tokens, 0, digits)
+    assert_uniform(
+        tokens[:, -1] * digits + targets[:, -2], 0, digits**2
+    )  # independent of each other
+    for row in range(200):
+        assert targets[row].tolist() == [
+            s % digits for s in itertools.accumulate(tokens[row].tolist())
+        ]
+
+
+def test_permutations_ask_for_the_order_of_the_things(batches):
+    """With three things and with four: each is moved by hand, one token after another."""
+    four = jax.tree.map(np.asarray, permutations(jax.random.key(1), 200, 9, vocab_size=24))
+    for n, (tokens, targets, _) in ((3, batches["permutations"]), (4, four)):
+        every = list(itertools.permutations("abcd"[:n]))
+        moves = list(itertools.permutations(range(n)))
+        assert_uniform(tokens, 0, len(every))
+        for row in range(200):
+            things = every[0]
+            for token, target in zip(tokens[row], targets[row], strict=True):
+                things = tuple(things[place] for place in moves[token])
+                assert things == every[target]
+
+
+def test_the_order_of_two_permutations_matters():
+    """Of permutations of three things, but not of two, nor of numbers that are added."""
+
+    def commutes(task, **sizes):
+        tokens, targets, _ = task(jax.random.key(2), 5000, 2, **sizes)
+        result = dict(zip(map(tuple, tokens.tolist()), targets[:, 1].tolist(), strict=True))
+        return all(result[a, b] == result[b, a] for a, b in result)
+
+    assert commutes(modular_addition) and commutes(permutations, vocab_size=2)
+    assert not commutes(permutations)
+
+
+@pytest.mark.parametrize("task", [modular_addition, permutations])
+def test_a_sequence_that_continues_another(task):
+    """In parts, the last target of each handed on, it is one long sequence from the start."""
+    before, tokens, targets = None, [], []
+    for part in range(3):
+        batch = task(jax.random.key(part), 50, 4, before=before)
+        before = batch.targets[:, -1]
+        tokens.append(batch.tokens), targets.append(batch.targets)
+    tokens, targets = np.concatenate(tokens, 1), np.concatenate(targets, 1)
+    size = 5 if task is modular_addition else 6
+    moves = list(itertools.permutations(range(3)))
+    number = {order: i for i, order in enumerate(moves)}
+    step = {
+        5: lambda s, t: (s + t) % 5,
+        6: lambda s, t: number[tuple(moves[s][place] for place in moves[t])],
+    }[size]
+    for row in range(50):
+        state = list(itertools.accumulate(tokens[row].tolist(), step, initial=0))[1:]
+        assert state == targets[row].tolist()
+
+
 # --- sizes --------------------------------------------------------------------------------------
 
 
@@ -138,6 +210,9 @@ def test_smallest_sizes():
     tokens, targets, _ = induction_heads(jax.random.key(0), 3, 3, vocab_size=3)
     assert (tokens[:, [0, 2]] == 2).all() and (tokens[:, 1] == targets[:, 2]).all()
     batch = associative_recall(jax.random.key(0), 3, 3, vocab_size=4, n_pairs=1)
+    for task in (modular_addition, permutations):
+        tokens, targets, _ = task(jax.random.key(0), 3, 1, vocab_size=2)
+        assert (tokens == targets).all()
     assert isinstance(batch, Batch) and (batch.targets[:, 2] == batch.tokens[:, 1]).all()
 
 
@@ -160,6 +235,13 @@ def test_smallest_sizes():
         (associative_recall, {"vocab_size": 16}, "n_pairs must be less than vocab_size / 2 = 8"),
         (associative_recall, {"n_pairs": 0}, "n_pairs must be at least 1, got 0"),
         (associative_recall, {"batch": 0}, "batch must be at least 1, got 0"),
+        (modular_addition, {"length": 0}, "length must be at least 1, got 0"),
+        (modular_addition, {"batch": 0}, "batch must be at least 1, got 0"),
+        (modular_addition, {"vocab_size": 1}, "vocab_size must be at least 2"),
+        (permutations, {"length": 0}, "length must be at least 1, got 0"),
+        (permutations, {"batch": -1}, "batch must be at least 1, got -1"),
+        (permutations, {"vocab_size": 1}, "vocab_size must be 2, 6, 24, 120 or another factorial"),
+        (permutations, {"vocab_size": 7}, "another factorial, got 7"),
     ],
 )
 def test_bad_sizes(task, sizes, message):

@@ -10,7 +10,8 @@ from mamba import Mamba
 from mamba.checkpoint.hub import load_tokenizer
 from mamba.train import __main__ as train_main
 from mamba.train.corpus import bits_per_byte
-from mamba.train.presets import PRESETS, evaluate_at, run
+from mamba.train.experiment import evaluate_at, run
+from mamba.train.presets import PRESETS
 from tests.helpers.presets import TINY
 
 WORDS = "".join(f"{i} and {i * i % 97} are numbers. " for i in range(300))
@@ -77,6 +78,31 @@ def test_flags_change_the_preset(tmp_path):
     assert (model["dt_min"], model["dt_max"]) == (0.5, 0.7)
 
 
+@pytest.mark.parametrize(
+    ("task", "flags"),
+    [
+        ("parity", "--block mamba"),
+        ("parity", "--block mamba2"),
+        ("parity", "--block mamba3"),
+        ("modular-addition", "--block mamba3 --rope-fraction 0"),
+        ("permutations", "--rope-fraction 0.5 --head-dim 32"),  # mamba3 is the preset's block
+    ],
+)
+def test_every_block_tracks_a_state(task, flags, tmp_path):
+    file = tmp_path / "results.json"
+    sizes = "--steps 2 --batch 4 --length 10 --lengths 10".split()
+    assert command(task, *flags.split(), *sizes, "--results", file) == 0
+    data = json.loads(file.read_text())
+    block = flags.split()[1] if "--block" in flags else "mamba3"
+    assert data["settings"].get("block", "mamba") == block and "by_block" not in data["settings"]
+    model = data["settings"]["model"]
+    if block == "mamba3":
+        turns, head = (None, 16) if "0" in flags.split() else (1.0, 16)
+        turns, head = (0.5, 32) if "32" in flags else (turns, head)
+        assert (model["rope_fraction"], model["head_dim"]) == (turns, head)
+    assert 0 < data["by_length"][0]["accuracy"] < 1
+
+
 def test_resume_of_a_finished_run_evaluates_it_at_other_lengths(tmp_path, capsys):
     out = ["selective-copying", "--out", tmp_path / "run"]
     assert command(*out) == 0
@@ -107,6 +133,11 @@ def test_ctrl_c(tmp_path, monkeypatch, capsys):
         ("selective-copying --length 1", "length must be at least n_data = 2, got 1"),
         ("selective-copying --lengths 9,1", "length must be at least n_data = 2, got 1"),
         ("selective-copying --lengths 9,x", "--lengths"),
+        ("parity --preset paper", "parity has no preset paper, but minute, laptop"),
+        ("parity --block mamba --head-dim 8", "--head-dim is for mamba2 and mamba3"),
+        ("parity --block mamba2 --rope-fraction 1", "--rope-fraction is for --block mamba3"),
+        ("parity --selective B", "only Mamba's block can be ablated, not that of mamba3"),
+        ("parity --lengths 0", "length must be at least 1, got 0"),
         ("selective-copying --steps 0", "--steps must be at least 1, got 0"),
         ("selective-copying --batch 0", "--batch must be at least 1, got 0"),
         ("selective-copying --learning-rate 0", "learning_rate > 0"),
