@@ -119,7 +119,7 @@ def pad_to_chunks(v, T):
 def to_chunks(v, T):
     """(b, l, …) -> (l / T, b, T, …)."""
     v = pad_to_chunks(v, T)
-    return v.reshape(v.shape[0], -1, T, *v.shape[2:]).swapaxes(0, 1)
+    return v.reshape(v.shape[0], v.shape[1] // T, T, *v.shape[2:]).swapaxes(0, 1)
 
 
 def forward_by_loop(T, x, delta, A, B, C, h0, resets):
