@@ -156,7 +156,7 @@ def run(preset, *, selective=SELECTIVE, seed=0, dtype="float32", **options):
 
     def continues(step):  # (b,) bool: which rows of the batch do
         chosen = jax.random.fold_in(jax.random.fold_in(key, step), 1)
-        return jax.random.bernoulli(chosen, preset.carry if step else 0.0, (preset.batch,))
+        return jax.random.bernoulli(chosen, float(preset.carry) if step else 0.0, (preset.batch,))
 
     def data(step):
         if not preset.carry or not step or preset.task not in STATE_TRACKING:

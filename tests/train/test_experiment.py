@@ -64,16 +64,19 @@ def test_the_sequences_that_continue_others(monkeypatch):
         raise KeyboardInterrupt  # instead of a training
 
     monkeypatch.setattr(experiment, "train", note)
-    with pytest.raises(KeyboardInterrupt):
-        run(PARITY)
-    kept = np.array([seen["carry"](step) for step in range(PARITY.steps)])  # (steps, b)
-    assert not kept[0].any() and 0.3 < kept[1:].mean() < 0.9
-    ones = np.zeros(PARITY.batch, int)
-    for step in range(PARITY.steps):
-        tokens, targets, _ = seen["data"](step)
-        sums = np.where(kept[step], ones, 0)[:, None] + np.cumsum(tokens, axis=1)
-        assert np.array_equal(targets, sums % 2)
-        ones = sums[:, -1]
+    for carry in (0.6, True):
+        with pytest.raises(KeyboardInterrupt):
+            run(dataclasses.replace(PARITY, carry=carry))
+        kept = np.ones((PARITY.steps, PARITY.batch), bool)
+        if carry is not True:
+            kept = np.array([seen["carry"](step) for step in range(PARITY.steps)])
+            assert not kept[0].any() and 0.3 < kept[1:].mean() < 0.9
+        ones = np.zeros(PARITY.batch, int)
+        for step in range(PARITY.steps):
+            tokens, targets, _ = seen["data"](step)
+            sums = np.where(kept[step], ones, 0)[:, None] + np.cumsum(tokens, axis=1)
+            assert np.array_equal(targets, sums % 2)
+            ones = sums[:, -1]
     for carry in (True, False):  # all, or none, and no function
         with pytest.raises(KeyboardInterrupt):
             run(dataclasses.replace(TINY, carry=carry))
