@@ -6,10 +6,11 @@ import pytest
 
 from tests.helpers.book import ROOT, load_script
 
+NAMES = ["decays", "generate", "hardware", "kernel_records", "language_model", "scan", "ssd"]
+NAMES += ["state_tracking"]
 
-@pytest.mark.parametrize(
-    "name", ["decays", "generate", "hardware", "language_model", "scan", "ssd", "state_tracking"]
-)
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_measurements_that_a_chapter_reads_are_those_of_the_benchmark(name):
     folders = ROOT / "mamba_book" / "data", ROOT / "benchmarks" / "results"
     copy, original = (json.loads((f / f"{name}.json").read_text("utf-8")) for f in folders)
