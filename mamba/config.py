@@ -7,8 +7,7 @@ import numbers
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["ModelConfig", "check_range"]
-
+__all__ = ["ModelConfig", "MultiHeadConfig", "check_range"]
 
 _FIELDS = {  # annotation: (whether a value is of that kind, the kind in words)
     bool: (lambda v: isinstance(v, bool | np.bool_), "True or False"),
@@ -50,6 +49,24 @@ class ModelConfig:
         """Rows of the embedding: vocab_size rounded up to a multiple that suits the hardware."""
         multiple = self.pad_vocab_size_multiple
         return -(-self.vocab_size // multiple) * multiple
+
+
+class MultiHeadConfig(ModelConfig):
+    """A ModelConfig with heads of head_dim channels, of which n_groups groups share B and C."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.d_inner % self.head_dim:
+            raise ValueError(
+                f"heads of {self.head_dim} channels do not divide d_inner = {self.d_inner}"
+            )
+        if self.n_heads % self.n_groups:
+            raise ValueError(f"{self.n_groups} groups do not divide {self.n_heads} heads")
+
+    @property
+    def n_heads(self):
+        """H = d_inner / P."""
+        return self.d_inner // self.head_dim
 
 
 def _check_fields(config):

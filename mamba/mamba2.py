@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mamba.config import ModelConfig, check_range
+from mamba.config import MultiHeadConfig, check_range
 from mamba.layers import (
     CausalConv,
     dt_bias_init,
@@ -33,7 +33,7 @@ __all__ = ["GatedRMSNorm", "Mamba2Block", "Mamba2Config", "Mamba2State"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Mamba2Config(ModelConfig):
+class Mamba2Config(MultiHeadConfig):
     """The sizes and choices that define a Mamba-2 language model."""
 
     d_model: int  # width of the residual stream
@@ -62,17 +62,6 @@ class Mamba2Config(ModelConfig):
         object.__setattr__(self, "A_init_range", check_range(self, "A_init_range"))
         if self.A_init_range[0] == 0:
             raise ValueError(f"A_init_range must begin above 0, got {self.A_init_range}")
-        if self.d_inner % self.head_dim:
-            raise ValueError(
-                f"heads of {self.head_dim} channels do not divide d_inner = {self.d_inner}"
-            )
-        if self.n_heads % self.n_groups:
-            raise ValueError(f"{self.n_groups} groups do not divide {self.n_heads} heads")
-
-    @property
-    def n_heads(self):
-        """H = d_inner / P."""
-        return self.d_inner // self.head_dim
 
     @property
     def d_conv_channels(self):

@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from mamba.config import ModelConfig
+from mamba.config import MultiHeadConfig
 from mamba.layers import (
     RMSNorm,
     dt_bias_init,
@@ -32,7 +32,7 @@ __all__ = ["Mamba3Block", "Mamba3Config", "heavy_tail"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Mamba3Config(ModelConfig):
+class Mamba3Config(MultiHeadConfig):
     """The sizes and choices that define a Mamba-3 language model."""
 
     d_model: int  # width of the residual stream
@@ -58,19 +58,8 @@ class Mamba3Config(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.d_inner % self.head_dim:
-            raise ValueError(
-                f"heads of {self.head_dim} channels do not divide d_inner = {self.d_inner}"
-            )
-        if self.n_heads % self.n_groups:
-            raise ValueError(f"{self.n_groups} groups do not divide {self.n_heads} heads")
         if self.rope_fraction and self.rope_fraction > 1:
             raise ValueError(f"rope_fraction must be at most 1, got {self.rope_fraction}")
-
-    @property
-    def n_heads(self):
-        """H = d_inner / P."""
-        return self.d_inner // self.head_dim
 
     @property
     def mlp_width(self):

@@ -197,8 +197,8 @@ def trapezoid_chunk(pairs, state, inputs):
     state: h (b, h, p, n) before the chunk, with all that the token before will write. inputs: x
     (b, T, h, r, p); log α, the weight with which each token writes, γ (b, T, h, 1, 1) each; B, C
     (b, T, h, r, n); cos θ, sin θ (b, T, h, 1, s) each.
-    -> the next state, and the two parts of y without D x, (b, h, r, T, p) each: what the tokens of
-    the chunk wrote, and what the state brought
+    -> the next state, and y (b, h, r, T, p) without D x: what the tokens of the chunk wrote, and
+    what the state brought
     """
     x, log_a, write, now, B, C, cos, sin = map(_heads_first, inputs)
     B, C = rotate(B, cos, sin, pairs), rotate(C, cos, sin, pairs)
@@ -207,7 +207,7 @@ def trapezoid_chunk(pairs, state, inputs):
     inside = jnp.einsum("bhrtqs,bhqsp->bhrtp", M * fit, x)
     before = faded(from_start, jnp.einsum("bhpn,bhrtn->bhrtp", state, C))
     written = jnp.einsum("bhrtp,bhrtn->bhpn", faded(to_end, write * x), B)
-    return faded(from_start[..., -1], state) + written, inside, before
+    return faded(from_start[..., -1], state) + written, inside + before
 
 
 def two_point_mask(log_a, write, now):
@@ -228,11 +228,11 @@ def scan_chunks(pairs, state, *inputs):
 
 def _scan_forward(pairs, state, *inputs):
     def chunk(first, chunk_inputs):
-        state, inside, before = trapezoid_chunk(pairs, first, chunk_inputs)
-        return state, (_time_first(inside + before), first, before)
+        state, y = trapezoid_chunk(pairs, first, chunk_inputs)
+        return state, (_time_first(y), first)
 
-    state, (y, firsts, befores) = jax.lax.scan(chunk, state, inputs)
-    return (state, y), (firsts, befores, *inputs)
+    state, (y, firsts) = jax.lax.scan(chunk, state, inputs)
+    return (state, y), (firsts, *inputs)
 
 
 def _scan_backward(pairs, saved, cotangents):
@@ -249,10 +249,10 @@ def trapezoid_chunk_gradients(pairs, dstate, inputs):
     """The adjoint of ``trapezoid_chunk``: each product again, one factor replaced by a gradient.
 
     dstate: (b, h, p, n) gradient of the state after the chunk. inputs: the gradient of y, the state
-    before the chunk, what that brought to y, and the inputs of ``trapezoid_chunk``.
+    before the chunk, and the inputs of ``trapezoid_chunk``.
     -> the gradient of the state before the chunk, and those of the inputs of ``trapezoid_chunk``
     """
-    dy, state, before, *inputs = inputs
+    dy, state, *inputs = inputs
     dy, x, log_a, write, now, B, C, cos, sin = map(_heads_first, (dy, *inputs))
     turn = lambda B, C, *turn: (rotate(B, *turn, pairs), rotate(C, *turn, pairs))  # noqa: E731
     (B, C), turn_back = jax.vjp(turn, B, C, cos, sin)
@@ -266,8 +266,8 @@ def trapezoid_chunk_gradients(pairs, dstate, inputs):
     dx = jnp.einsum("bhrtqs,bhrtp->bhqsp", M * fit, dy) + faded(to_end, write * at_x)
     dB = jnp.einsum("bhrtqs,bhrtn->bhqsn", M * d_masked, C)
     dB += jnp.einsum("bhrsp,bhpn->bhrsn", faded(to_end, write * x), dstate)
-    dC = jnp.einsum("bhrtqs,bhqsn->bhrtn", M * d_masked, B)
-    dC += jnp.einsum("bhrtp,bhpn->bhrtn", dread, state)
+    dC_state = jnp.einsum("bhrtp,bhpn->bhrtn", dread, state)  # from what the state brought
+    dC = jnp.einsum("bhrtqs,bhqsn->bhrtn", M * d_masked, B) + dC_state
 
     earlier = jnp.tril(jnp.ones(L.shape[-2:]), -1)  # s < t
     dpairs = jnp.where(earlier, L * dM, 0.0)  # (b, h, 1, T, T)
@@ -276,7 +276,7 @@ def trapezoid_chunk_gradients(pairs, dstate, inputs):
     # Δ A of token i is part of every decay from before i to i or after it.
     from_i = partial(jnp.einsum, "ti,bhkts->bhkis", 1 - earlier.T, precision="highest")
     pairs_over = (from_i(dpairs * weight[..., None, :]) * earlier).sum(-1)  # s < i <= t
-    reads = from_i((dy * before).sum((2, 4))[:, :, None, :, None])[..., 0]
+    reads = from_i((C * dC_state).sum((2, 4))[:, :, None, :, None])[..., 0]
     writes = jnp.einsum("is,bhks->bhki", earlier, at_end * weight, precision="highest")
     through = from_start[..., -1:] * (dstate * state).sum((-1, -2))[..., None, None]
     dlog_a = jnp.where(log_a[..., 0] < FORGOTTEN, 0.0, pairs_over + reads + writes + through)

@@ -44,7 +44,7 @@ MAMBA2 = Schema(
         "head_dim": Key("positive integer", "ssm_cfg.headdim", "head_dim"),
         "n_groups": Key("positive integer", "ssm_cfg.ngroups", "n_groups"),
         "A_init_range": Key("pair of numbers", "ssm_cfg.A_init_range", None),
-        "dt_limit": Key("pair of numbers", "ssm_cfg.dt_limit", "time_step_limit"),
+        "dt_limit": Key("pair of numbers", "ssm_cfg.dt_limit", "time_step_limit", off_default=True),
     },
     absent={
         ORIGINAL: {"pad_vocab_size_multiple": 8},

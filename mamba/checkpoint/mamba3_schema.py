@@ -57,7 +57,7 @@ MAMBA3 = Schema(
         "A_floor": Key("positive number", "ssm_cfg.A_floor", None),
         # Ours. The original code knows no other rates than heavy_tail's. It stops at a key that it
         # does not know, but not in ssm_cfg: there it would ignore it.
-        "heavy_tail": Key("boolean", "heavy_tail", None),
+        "heavy_tail": Key("boolean", "heavy_tail", None, off_default=True),
     },
     absent={ORIGINAL: {"pad_vocab_size_multiple": 8}},
     supported={key: values for key, values in COMMON_SUPPORTED.items() if key != "d_intermediate"}

@@ -208,8 +208,8 @@ def write_config(path, config):
         data |= {"fused_add_norm": True, "ssm_cfg": {}}
         if schema is not MAMBA:  # which the first files, and the code of their time, do not name
             data["ssm_cfg"]["layer"] = schema.layer
-        for field in {"norm_eps", "dt_limit", "heavy_tail"} & values.keys():
-            if values[field] == getattr(type(config), field):
+        for field, key in schema.keys.items():
+            if key.off_default and values[field] == getattr(type(config), field):
                 del values[field]
     for field, value in values.items():
         key = getattr(schema.keys[field], scheme)

@@ -28,6 +28,7 @@ class Key(NamedTuple):
     kind: str  # what the value must be
     original: str | None  # "ssm_cfg.x" lies in the nested object ssm_cfg; None: it has no such key
     transformers: str | None  # None: it has none
+    off_default: bool = False  # whether the original scheme has it only where it is no default
 
 
 class TensorSpec(NamedTuple):
@@ -75,7 +76,7 @@ COMMON_KEYS = {
     "dt_init_floor": Key("positive number", "ssm_cfg.dt_init_floor", "time_step_floor"),
     "conv_bias": Key("boolean", "ssm_cfg.conv_bias", "use_conv_bias"),
     "bias": Key("boolean", "ssm_cfg.bias", "use_bias"),
-    "norm_eps": Key("positive number", "norm_epsilon", "layer_norm_epsilon"),
+    "norm_eps": Key("positive number", "norm_epsilon", "layer_norm_epsilon", off_default=True),
     "tie_embeddings": Key("boolean", "tie_embeddings", "tie_word_embeddings"),
     "pad_vocab_size_multiple": Key("positive integer", "pad_vocab_size_multiple", None),
 }

@@ -58,16 +58,20 @@ class Preset:
     evaluate_every: int = 500  # steps between two evaluations; there is one at the end, too
     lengths: tuple = ()  # other lengths to evaluate at after the training
     first_length: int | None = None  # of the first training sequences; None: all have one length
+    full_length: float | None = None  # share of the steps at full length; None: as each other has
 
     def length_at(self, step):
         """The length of the training sequences at a step.
 
-        It doubles from first_length up to length, after equally many steps each time: in short
-        sequences an answer is found sooner.
+        It doubles from first_length up to length, after equally many steps each time (the full
+        length may have more): in short sequences an answer is found sooner.
         """
         first = self.first_length or self.length
-        n_lengths = 1 + max(0, math.ceil(math.log2(self.length / first)))
-        doublings = int(step * n_lengths / self.steps)
+        n_shorter = max(0, math.ceil(math.log2(self.length / first)))
+        n, share = n_shorter + 1, 1  # lengths that have equally many steps, and their share
+        if self.full_length is not None:
+            n, share = n_shorter, 1 - self.full_length
+        doublings = int(step * n / (share * self.steps))
         return min(self.length, first << doublings)
 
     def config(self, selective=SELECTIVE, dtype="float32"):
@@ -121,6 +125,8 @@ class Preset:
         # Runs of Mamba are saved as before there were other models, so that old saves resume.
         if self.block == "mamba":
             del settings["block"], model["select_norm_eps"]
+        if self.full_length is None:
+            del settings["full_length"]
         return settings
 
 

@@ -11,11 +11,18 @@ __all__ = ["PRESETS"]
 _UNTIED = {"d_model": 64, "n_layer": 2, "tie_embeddings": False}  # learns sooner than a tied head
 _COPY = {"vocab_size": 16, "n_data": 16}
 _CONSTANT = {"warmup": 0.0, "end": 1.0, "evaluate_every": 5000}
-# State tracking: blocks of nearly the same number of parameters. Rates are softplus's, because the
-# others' fall too slowly: a count must be kept for good.
+# State tracking: blocks of nearly the same number of parameters. Every token counts, so time steps
+# begin long. Rates are softplus's, because the others' fall too slowly: a count is kept for good.
 _TRACKING = {
     "block": "mamba3",
-    "model": {"d_model": 32, "n_layer": 1, "d_state": 16, "tie_embeddings": False},
+    "model": {
+        "d_model": 32,
+        "n_layer": 1,
+        "d_state": 16,
+        "tie_embeddings": False,
+        "dt_min": 0.5,
+        "dt_max": 1.0,
+    },
     "by_block": {
         "mamba2": {"head_dim": 16},
         "mamba3": {"head_dim": 16, "rope_fraction": 1.0, "heavy_tail": False},
@@ -28,6 +35,7 @@ _TRACKING = {
     "weight_decay": 0.0,
     "end": 0.0,
 }
+_TRACKING_LONG = _TRACKING | {"steps": 4000, "carry": 0.3, "full_length": 0.6}
 PRESETS = {
     "selective-copying": {
         "minute": Preset(
@@ -121,13 +129,13 @@ PRESETS = {
     },
     "parity": {
         "minute": Preset(task="parity", steps=600, sizes={"vocab_size": 2}, **_TRACKING),
-        "laptop": Preset(task="parity", steps=2000, sizes={"vocab_size": 2}, **_TRACKING),
+        "laptop": Preset(task="parity", sizes={"vocab_size": 2}, **_TRACKING_LONG),
     },
     "modular-addition": {
-        "laptop": Preset(task="modular-addition", steps=2000, sizes={"vocab_size": 5}, **_TRACKING),
+        "laptop": Preset(task="modular-addition", sizes={"vocab_size": 5}, **_TRACKING_LONG),
     },
     "permutations": {
-        "laptop": Preset(task="permutations", steps=2000, sizes={"vocab_size": 6}, **_TRACKING),
+        "laptop": Preset(task="permutations", sizes={"vocab_size": 6}, **_TRACKING_LONG),
     },
     "language-model": {
         "laptop": Preset(
