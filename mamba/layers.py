@@ -100,15 +100,15 @@ class GatedMLP(nn.Module):
     """fc2(y ⊙ silu(gate)), where y, gate = split(fc1(x)). x: (..., d_model) -> (..., d_model)."""
 
     width: int  # of y, and of the gate
-    n_layer: int  # layers of the model: fc2 starts smaller by √(2 n_layer)
+    n_layer: int  # layers of the model: fc2 starts smaller by √n_layer
     dtype: Any = jnp.float32  # of the products
 
     @nn.compact
     def __call__(self, x):
         dense = partial(linear, use_bias=False, dtype=self.dtype)
         y, gate = jnp.split(dense(2 * self.width, name="fc1")(x), 2, axis=-1)  # (..., width)
-        init = residual_init(2 * self.n_layer)
-        return dense(x.shape[-1], name="fc2", kernel_init=init)(y * nn.silu(gate))
+        fc2 = dense(x.shape[-1], name="fc2", kernel_init=residual_init(self.n_layer))
+        return fc2(y * nn.silu(gate))
 
 
 def linear(features, *, name, kernel_init=None, **options):
@@ -156,9 +156,9 @@ def uniform_fan_in(key, shape, dtype=jnp.float32):
     return uniform(shape[0] ** -0.5)(key, shape, dtype)
 
 
-def residual_init(n_branches):
-    """``uniform_fan_in`` ÷ √n_branches: so many branches add up in the residual stream."""
-    return lambda *args: uniform_fan_in(*args) / math.sqrt(n_branches)
+def residual_init(n_layer):
+    """``uniform_fan_in`` ÷ √n_layer: what the layers add to the residual stream adds up."""
+    return lambda *args: uniform_fan_in(*args) / math.sqrt(n_layer)
 
 
 def uniform(bound):

@@ -143,8 +143,8 @@ class Mamba3Block(nn.Module):
             y = y * self.mix("mimo_o", 1 / c.rank)
         y = y.sum(3).reshape(b, l, c.d_inner)  # over r
 
-        init = residual_init(c.n_layer * (2 if c.d_intermediate else 1))  # two branches with an MLP
-        return dense(c.d_model, name="out_proj", kernel_init=init)(y), state  # (b, l, d_model)
+        out_proj = dense(c.d_model, name="out_proj", kernel_init=residual_init(c.n_layer))
+        return out_proj(y), state  # (b, l, d_model)
 
     def time_steps(self, dt):
         """Δ = softplus(dt + bias), and never 0, which would mark padding. dt: (b, l, h)."""

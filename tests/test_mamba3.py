@@ -163,16 +163,13 @@ MIMO = {"is_mimo": True, "mimo_rank": 4, "d_intermediate": 100}
     [
         ("mixer", "in_proj", False, 96**-0.5),
         ("mixer", "out_proj", False, (192 * 2) ** -0.5),  # ÷ √n_layer
-        ("mixer", "out_proj", True, (192 * 2 * 2) ** -0.5),  # ÷ √(2 n_layer)
+        ("mixer", "out_proj", True, (192 * 2) ** -0.5),
         ("mlp", "fc1", True, 96**-0.5),
-        ("mlp", "fc2", True, (128 * 2 * 2) ** -0.5),
+        ("mlp", "fc2", True, (128 * 2) ** -0.5),
     ],
 )
 def test_initial_uniform(module, name, mlp, bound):
-    """With an MLP, two branches a layer add up in the residual stream.
-
-    So says the released MixerModel. The class around it then draws both matrices again, ÷ √n_layer.
-    """
+    """With an MLP, too: MixerModel divides by √(2 n_layer), but the class around it draws again."""
     weights = [layer[module][name]["kernel"] for layer in initial(**(MIMO if mlp else {}))[1]]
     assert_uniform(weights, -bound, bound)
     assert not np.array_equal(*weights)  # every layer has draws of its own

@@ -35,7 +35,8 @@ _TRACKING = {
     "weight_decay": 0.0,
     "end": 0.0,
 }
-_TRACKING_LONG = _TRACKING | {"steps": 4000, "carry": 0.3, "full_length": 0.6}
+_TRACKING_LONG = _TRACKING | {"carry": 0.3, "full_length": 0.6}
+_TRACKING_MORE = _TRACKING_LONG | {"model": _TRACKING["model"] | {"d_model": 64}, "steps": 2000}
 PRESETS = {
     "selective-copying": {
         "minute": Preset(
@@ -129,13 +130,13 @@ PRESETS = {
     },
     "parity": {
         "minute": Preset(task="parity", steps=600, sizes={"vocab_size": 2}, **_TRACKING),
-        "laptop": Preset(task="parity", sizes={"vocab_size": 2}, **_TRACKING_LONG),
+        "laptop": Preset(task="parity", steps=4000, sizes={"vocab_size": 2}, **_TRACKING_LONG),
     },
     "modular-addition": {
-        "laptop": Preset(task="modular-addition", sizes={"vocab_size": 5}, **_TRACKING_LONG),
+        "laptop": Preset(task="modular-addition", sizes={"vocab_size": 5}, **_TRACKING_MORE),
     },
     "permutations": {
-        "laptop": Preset(task="permutations", sizes={"vocab_size": 6}, **_TRACKING_LONG),
+        "laptop": Preset(task="permutations", sizes={"vocab_size": 6}, **_TRACKING_MORE),
     },
     "language-model": {
         "laptop": Preset(
