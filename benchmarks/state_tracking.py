@@ -5,10 +5,10 @@
     python benchmarks/state_tracking.py --quick    # few steps, to see that it runs; writes nothing
 
 The training is that of a preset of each task ("laptop", or --preset), with one layer (of width 32,
-for more than two values 64) and three seeds: Mamba, Mamba-2, Mamba-3, and Mamba-3 whose states do not turn. Accuracy is that of
-held-out sequences, over all places ("all") and over the last quarter of the places ("late"): the
-early places of a long sequence are those of a short one. A run that is already in the file is not
-repeated. Writes benchmarks/results/state_tracking.json and the same to mamba_book/data for chapter
+for more than two values 64) and three seeds: Mamba, Mamba-2, Mamba-3, and Mamba-3 whose states do
+not turn. Accuracy is that of held-out sequences, over all places ("all") and over the last quarter
+of the places ("late"): the early places of a long sequence are those of a short one. A run that is
+already in the file is not repeated. Writes benchmarks/results/state_tracking.json and the same to mamba_book/data for chapter
 12.
 """
 
