@@ -8,8 +8,8 @@ The training is that of a preset of each task ("laptop", or --preset), with one 
 for more than two values 64) and three seeds: Mamba, Mamba-2, Mamba-3, and Mamba-3 whose states do
 not turn. Accuracy is that of held-out sequences, over all places ("all") and over the last quarter
 of the places ("late"): the early places of a long sequence are those of a short one. A run that is
-already in the file is not repeated. Writes benchmarks/results/state_tracking.json and the same to mamba_book/data for chapter
-12.
+already in the file is not repeated. Writes benchmarks/results/state_tracking.json and the same to
+mamba_book/data for chapter 12.
 """
 
 import argparse
