@@ -53,6 +53,8 @@ def test_training_sequences_double_up_to_the_last_length():
     not_a_power = dataclasses.replace(grown, first_length=6)
     assert [not_a_power.length_at(step) for step in range(8)] == [6, 6, 6, 12, 12, 12, 20, 20]
     assert dataclasses.replace(grown, first_length=99).length_at(0) == 20
+    longer = dataclasses.replace(grown, full_length=0.5)
+    assert [longer.length_at(step) for step in range(8)] == [5, 5, 10, 10, 20, 20, 20, 20]
 
 
 def test_the_sequences_that_continue_others(monkeypatch):
