@@ -65,7 +65,8 @@ def running_angle(theta, start, resets):
 
     Args:
         theta: (b, l, h, s) the angles that each token adds, in radians.
-        start: (b, h, s) the angles before the first token.
+        start: (b, h, s) the angles before the first token. Like theta's, their size should be below
+            some hundreds: in float32 a large angle has lost its digits already.
         resets: (b, l) True where θ begins again at 0, before that token; or None.
 
     Returns:
@@ -78,8 +79,13 @@ def running_angle(theta, start, resets):
     first = fixed_point_turns(start)
     turns = _from_start(fixed_point_turns(theta), first, resets)
     angle = _radians(turns)
-    angle = jnp.where(turns == first[:, None], start[:, None], angle)  # nothing turned: no rounding
-    return jnp.where(jnp.isfinite(theta), angle, jnp.nan)  # a whole number cannot be NaN
+    start = start[:, None]  # (b, 1, h, s)
+    same = (turns == first[:, None]) & (jnp.abs(start) <= math.pi)
+    angle = jnp.where(same, start, angle)  # nothing turned: no rounding
+    finite = jnp.isfinite(start)  # a whole number cannot be NaN
+    if resets is not None:
+        finite |= (jnp.cumsum(resets, axis=1) > 0)[..., None, None]
+    return jnp.where(jnp.isfinite(theta) & finite, angle, jnp.nan)
 
 
 @running_angle.defjvp

@@ -90,14 +90,14 @@ def trapezoidal_scan(
         B: (b, l, h, r, n) how each token writes to the state, not yet turned.
         C: (b, l, h, r, n) how each token reads it, not yet turned.
         theta: (b, l, h, s) the angles that each token adds, in radians, one for each of the first s
-            pairs of B and C; 0 ≤ s ≤ n / 2.
+            pairs of B and C; 0 ≤ s ≤ n / 2. Some hundreds at most: larger ones lose their digits.
         D: (h,) weight of the direct path from x to y, or None.
         pairs: which numbers of B and C turn together: "interleaved", 2i and 2i + 1 (the released
             SISO models); "halves", i and i + n / 2 (the MIMO models).
         state: the TrapezoidState to continue from; None: before the first token.
         resets: (b, l) True where a new segment starts, or None. The state is discarded before that
             token, NaN and infinity included, and so is what the token before it would still write.
-            (NaN in x, B or C reaches every output of its chunk.)
+            (NaN in x, B or C, also at padding, reaches every output of its chunk.)
         method: "recurrence": one step after another; "chunked": the matrix of each chunk, and one
             chunk after another; "auto": "chunked", or "recurrence" for a single token.
         chunk: T, tokens in a chunk, for "chunked"; 32 / r by default.
@@ -117,7 +117,8 @@ def trapezoidal_scan(
             unknown method or pairing, or a chunk that the method does not take.
         TypeError: no array, no floating-point numbers, resets not bool, no TrapezoidState.
     """
-    check_axes(x=(x, "b l h r p"), B=(B, "b l h r n"))
+    check_axes(x=(x, "b l h r p"), B=(B, "b l h r n"), C=(C, "b l h r n"))
+    check_axes(delta=(delta, "b l h"), A=(A, "b l h"), lam=(lam, "b l h"))
     (b, l, h, r, p), n = x.shape, B.shape[-1]
     s = theta.shape[-1] if getattr(theta, "shape", ()) else 0
     shapes = {"x": x.shape, "theta": (b, l, h, s), "D": (h,), "resets": (b, l)}
@@ -269,7 +270,7 @@ def trapezoid_chunk_gradients(pairs, dstate, inputs):
     dC_state = jnp.einsum("bhrtp,bhpn->bhrtn", dread, state)  # from what the state brought
     dC = jnp.einsum("bhrtqs,bhqsn->bhrtn", M * d_masked, B) + dC_state
 
-    earlier = jnp.tril(jnp.ones(L.shape[-2:]), -1)  # s < t
+    earlier = jnp.tril(jnp.ones(L.shape[-2:], L.dtype), -1)  # s < t
     dpairs = jnp.where(earlier, L * dM, 0.0)  # (b, h, 1, T, T)
     at_end = faded(to_end, x * at_x).sum((2, 4))[:, :, None]  # (b, h, 1, T)
     dwrite, weight = dpairs.sum(-2) + at_end, write[..., 0]

@@ -88,3 +88,14 @@ def test_sums_begin_anew(reverse):
     v, starts = jnp.arange(1.0, 6.0)[None], jnp.array([[False, True, False, True, False]])
     expected = [3.0, 2.0, 7.0, 4.0, 5.0] if reverse else [1.0, 2.0, 5.0, 4.0, 9.0]
     assert running_sum(v, starts, reverse=reverse)[0].tolist() == expected
+
+
+def test_an_angle_to_begin_from_may_be_any():
+    """Beyond half a turn it is the same angle; NaN stays NaN until the text begins again."""
+    theta, start = np.zeros((1, 3, 1, 2), np.float32), np.float32([[[7.0, -100.0]]])
+    angle = np.asarray(running_angle(theta, start, None))
+    assert np.abs(angle).max() <= np.pi and angle_error(angle, start[:, None]) < 1e-5
+    nan, resets = np.float32([[[np.nan, 1.0]]]), np.array([[False, False, True]])
+    for more in (0.0, 1.0):
+        angle = running_angle(theta + np.float32(more), nan, resets)[0, :, 0]
+        np.testing.assert_array_equal(np.isnan(angle), [[True, False], [True, False], [False] * 2])

@@ -415,6 +415,7 @@ def test_memory_of_a_backward_pass_grows_linearly():
         ({"theta": np.zeros((1, 5, 3, 2), np.float32)}, ValueError, "theta must have shape"),
         ({"theta": np.zeros((1, 5, 2, 3), np.float32)}, ValueError, "3 angles, .* 2 pairs"),
         ({"theta": 1.0}, TypeError, "theta must be an array"),
+        ({"lam": None}, TypeError, "lam must be an array"),
         ({"A": np.zeros((1, 5, 2), np.complex64)}, TypeError, "A must hold floating-point"),
         ({"B": np.zeros((1, 5, 2, 1, 0), np.float32)}, ValueError, "all >= 1"),
         ({"x": np.zeros((1, 0, 2, 1, 2), np.float32)}, ValueError, "all >= 1"),
