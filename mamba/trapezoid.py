@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from mamba.checks import check_axes, check_chunk, check_shapes, choose_method
 from mamba.chunked import to_chunks
+from mamba.collectives import vary_alike
 from mamba.rotation import PAIRS, cos_and_sin, rotate, running_angle, running_sum
 from mamba.ssd import FORGOTTEN, decays, faded
 
@@ -141,6 +142,7 @@ def trapezoidal_scan(
     dtype, real = x.dtype, delta != 0  # (b, l, h)
     x, delta, A, lam, B, C, theta = (jnp.asarray(v, jnp.float32) for v in inputs.values())
     state = TrapezoidState(*(jnp.asarray(v, jnp.float32) for v in state))
+    x, delta, A, lam, B, C, theta, state = vary_alike(x, delta, A, lam, B, C, theta, state)
     delta = jnp.where(real, delta, 0.0)  # as it is, but without a gradient at padding
     theta = jnp.where(real[..., None], theta, 0.0)
     log_a, before, now = delta * A, (1 - lam) * delta, lam * delta  # log α, β / α, γ
