@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["before_stretch", "from_left", "from_text_end", "inputs_before", "vary_alike"]
+__all__ = ["before_stretch", "from_left", "inputs_before", "vary_alike"]
 
 
 def vary_alike(*trees):
@@ -117,16 +117,3 @@ def inputs_before(x, cache, resets, axis):
         last = jnp.where((later > 0)[..., None], 0, last)
     before = from_left(last.swapaxes(1, 2), axis).swapaxes(1, 2)  # d next to b: it may be sharded
     return jnp.where(jax.lax.axis_index(axis) == 0, cache.astype(x.dtype), before)
-
-
-def from_text_end(tree, lengths, axis):
-    """On every device, the rows of the device whose stretch holds each row's last token.
-
-    tree: arrays (b, …). lengths: (b,) tokens of each row in the device's own stretch, as
-    ``mamba.parallel.lengths_here`` counts them: the first rows of the text are full, those after
-    its end are empty.
-    """
-    place = jax.lax.axis_index(axis)
-    last = jax.lax.pmax(jnp.where(lengths > 0, place, 0), axis)  # (b,)
-    here = lambda v: jnp.where((place == last).reshape(-1, *[1] * (v.ndim - 1)), v, 0)  # noqa: E731
-    return jax.tree.map(lambda v: jax.lax.psum(here(v), axis), tree)

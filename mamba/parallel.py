@@ -17,18 +17,20 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mamba.checks import check_lengths, check_resets, check_state, check_tokens
-from mamba.collectives import from_text_end
 from mamba.model import Mamba
 
 __all__ = [
     "AXES",
     "apply_on_mesh",
+    "at_text_end",
     "check_divides",
+    "cut_axes",
     "last_logits_on_mesh",
     "lengths_here",
     "make_mesh",
     "mean_loss",
     "on_stretches",
+    "over_mesh",
     "parameter_shardings",
 ]
 
@@ -151,28 +153,25 @@ def last_logits_on_mesh(model, mesh, params, tokens, state, lengths=None, resets
 
 @partial(jax.jit, static_argnames=("model", "mesh", "last"))
 def _apply(model, mesh, params, tokens, state, lengths, resets, last=False):
-    model, rows, tokens_spec = on_stretches(model, mesh), P("data"), P("data", "sequence")
+    local, rows, cut = on_stretches(model, mesh), P("data"), P("data", "sequence")
 
-    def on_one_device(params, tokens, state, lengths, resets):
-        here = lengths_here(tokens, lengths)  # (b,)
-        arguments = tokens, state, None if lengths is None else here, resets
-        if not last:
-            out = model.apply({"params": params}, *arguments)
-            if state is None:
-                return out
-            return out[0], from_text_end(out[1], here, "sequence")
-        x, state = model.apply({"params": params}, *arguments, method="features")
-        x = x[jnp.arange(len(x)), jnp.maximum(here, 1) - 1]  # (b, d_model)
-        x, state = from_text_end((x, state), here, "sequence")
-        return model.apply({"params": params}, x, method="logits"), state
+    def on_one_device(params, tokens, *context):
+        state, lengths, resets = context
+        lengths = lengths_here(mesh, tokens, lengths)  # (b,)
+        context = state, lengths, resets
+        x, state = local.apply({"params": params}, tokens, *context, method="features")
+        if last:
+            at = jnp.maximum(tokens.shape[1] if lengths is None else lengths, 1) - 1
+            x = x[jnp.arange(len(x)), at][None]  # (1, b, d_model)
+        return x, jax.tree.map(lambda v: v[None], state)  # (b, l, d_model), (1, b, …)
 
-    return jax.shard_map(
-        on_one_device,
-        mesh=mesh,
-        in_specs=(P(), tokens_spec, rows, rows, tokens_spec),
-        out_specs=(rows, rows) if last else tokens_spec if state is None else (tokens_spec, rows),
-        axis_names={"data", "sequence"},
-    )(params, tokens, state, lengths, resets)
+    each = P("sequence", "data")  # what every stretch has to say about a row
+    specs = (P(), cut, rows, rows, cut), (each if last else cut, each)
+    run = over_mesh(on_one_device, mesh, *specs)
+    x, states = run(params, tokens, state, lengths, resets)
+    ends = partial(at_text_end, mesh, tokens.shape, lengths)
+    logits = model.apply({"params": params}, ends(x) if last else x, method="logits")
+    return logits if state is None else (logits, ends(states))
 
 
 @partial(jax.jit, static_argnames=("model", "mesh"))
@@ -183,45 +182,68 @@ def mean_loss(model, mesh, params, tokens, targets, mask=None):
     tokens, targets, mask: (b, l), cut as ``apply_on_mesh`` cuts tokens
     """
     check_divides(mesh, tokens.shape)
-    local, spec = on_stretches(model, mesh), P("data", "sequence")
+    local, cut = on_stretches(model, mesh), P("data", "sequence")
 
     def on_one_device(params, tokens, targets, mask):
-        logits = local.apply({"params": params}, tokens)  # (b, l, vocab)
-        log_p = jax.nn.log_softmax(logits)
+        log_p = jax.nn.log_softmax(local.apply({"params": params}, tokens))  # (b, l, vocab)
         nats = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]  # (b, l)
         mask = jnp.ones_like(targets, bool) if mask is None else mask
         sums = jnp.stack([jnp.where(mask, nats, 0).sum(), mask.sum().astype(jnp.float32)])
-        return jax.lax.psum(sums, ("data", "sequence"))
+        return jax.lax.psum(sums, cut_axes(mesh))
 
-    nats, scored = jax.shard_map(
-        on_one_device,
-        mesh=mesh,
-        in_specs=(P(), spec, spec, spec),
-        out_specs=P(),
-        axis_names={"data", "sequence"},
-    )(params, tokens, targets, mask)
+    run = over_mesh(on_one_device, mesh, (P(), cut, cut, cut), P())
+    nats, scored = run(params, tokens, targets, mask)
     return nats / scored
 
 
 # --- for those who write their own function of a device's part -----------------------------------
 
 
+def cut_axes(mesh):
+    """The axes of the mesh along which rows and texts are cut: of "data" and "sequence", those with
+    more than one device."""
+    return tuple(axis for axis in ("data", "sequence") if mesh.shape[axis] > 1)
+
+
+def over_mesh(function, mesh, in_specs, out_specs):
+    """``jax.shard_map`` along ``cut_axes``; what lies along "model" is left to the compiler.
+
+    in_specs, out_specs: trees of PartitionSpecs with the axes "data" and "sequence"
+    """
+    axes = cut_axes(mesh)
+    if not axes:
+        return function
+    own = lambda spec: P(*(axis if axis in axes else None for axis in spec))  # noqa: E731
+    ins, outs = jax.tree.map(own, (in_specs, out_specs), is_leaf=lambda v: isinstance(v, P))
+    return jax.shard_map(function, mesh=mesh, in_specs=ins, out_specs=outs, axis_names={*axes})
+
+
 def on_stretches(model, mesh):
-    """The model for one device inside ``shard_map``: its scans cross the stretches of the mesh."""
+    """The model for one device inside ``over_mesh``: its scans cross the stretches of the mesh."""
     return Mamba(model.config, "sequence" if mesh.shape["sequence"] > 1 else None)
 
 
-def lengths_here(tokens, lengths):
-    """How many tokens of each row lie in the device's own stretch, inside ``shard_map``.
+def lengths_here(mesh, tokens, lengths):
+    """How many tokens of each row lie in the device's own stretch, inside ``over_mesh``.
 
-    tokens: (b, l), the stretch. lengths: (b,) of the rows, or None: all tokens. -> (b,)
+    tokens: (b, l), the stretch. lengths: (b,) of the rows; None: all tokens -> (b,), or None
     """
-    b, l = tokens.shape
-    if lengths is None:
-        return jnp.full(b, l)
+    stretches, l = mesh.shape["sequence"], tokens.shape[1]
+    if lengths is None or stretches == 1:
+        return lengths
     here = jnp.clip(lengths - jax.lax.axis_index("sequence") * l, 0, l)
-    too_long = lengths > l * jax.lax.axis_size("sequence")
-    return jnp.where(too_long, lengths, here)  # as on one device, it gives NaN
+    return jnp.where(lengths > stretches * l, lengths, here)  # too long: NaN, as on one device
+
+
+def at_text_end(mesh, shape, lengths, tree):
+    """Of what the device of every stretch says, (stretches, b, …), that of each row's last token.
+
+    shape: (b, l) of the tokens. lengths: (b,) of the rows, or None. -> arrays (b, …)
+    """
+    b, l = shape
+    lengths = jnp.full(b, l) if lengths is None else lengths
+    stretch = jnp.maximum(lengths - 1, 0) * mesh.shape["sequence"] // l  # (b,)
+    return jax.tree.map(lambda v: v[stretch, jnp.arange(b)], tree)
 
 
 def check_divides(mesh, shape):
