@@ -11,13 +11,14 @@ INSTALLED := .venv/.installed
 PARITY := .venv/.installed-parity
 FUZZ := .venv/.installed-fuzz
 BROWSER := .venv/.installed-browser
+DIST := .venv/.installed-dist
 
 # The outputs in the notebooks are a CPU's.
 export JAX_PLATFORMS ?= cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help book serve free-port test test-core browser colab versions badges parity network-test fuzz
-.PHONY: kernel-records portability bench chapter api format lint clean
+.PHONY: kernel-records portability bench dist chapter api format lint clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -80,6 +81,12 @@ bench: $(INSTALLED) ## run the benchmarks (but kernel_records.py, which needs a 
 	@set -e; for file in $(filter-out %/kernel_records.py,$(wildcard benchmarks/[a-z]*.py)); do \
 		echo "$$file"; $(BIN)/python "$$file" $(ARGS); done
 
+dist: $(DIST) ## build the wheel and the sdist that a release uploads, and check them
+	rm -rf dist build
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/pytest -m release tests/book/test_release.py $(ARGS)
+
 chapter: $(INSTALLED) ## execute a chapter, write it in canonical form (N=3, N=verification)
 	@test -n "$(N)" || { echo "which chapter? make chapter N=3"; exit 2; }
 	@found=$$(ls book/$(N).ipynb book/$(N)_*.ipynb book/0$(N)_*.ipynb 2>/dev/null); \
@@ -99,7 +106,7 @@ lint: $(INSTALLED) ## ruff, and the form of the notebooks
 	$(BIN)/python book/run.py --check
 
 clean: ## remove what was built; .venv stays
-	rm -rf _build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf _build build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find mamba mamba_book tests book scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): requirements.txt constraints.txt pyproject.toml
@@ -118,4 +125,8 @@ $(BROWSER): $(INSTALLED) requirements-browser.txt
 
 $(FUZZ): $(INSTALLED) requirements-fuzz.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-fuzz.txt -c constraints.txt
+	@touch $@
+
+$(DIST): $(INSTALLED) requirements-dist.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dist.txt -c constraints.txt
 	@touch $@

@@ -5,22 +5,30 @@ logits = model.apply({"params": params}, tokens)
 text = generate(model, key=key, params=params, tokenizer=tokenizer, prompt=..., ...)
 """
 
-from mamba.checkpoint.hub import EMBEDDED, load_tokenizer
-from mamba.layers import RMSNorm
-from mamba.mamba1 import LayerState, MambaBlock, MambaConfig
-from mamba.mamba2 import Mamba2Block, Mamba2Config, Mamba2State
-from mamba.mamba3 import Mamba3Block, Mamba3Config
-from mamba.model import Mamba, ResidualBlock
-from mamba.scan import selective_scan
-from mamba.text.generate import generate, stream
-from mamba.text.prompt import read_prompt
-from mamba.text.state import TextState, load_state, save_state, state_bytes
-from mamba.trapezoid import TrapezoidState
+import sys
 
-__version__ = "0.1.0"
+try:
+    from mamba.checkpoint.hub import EMBEDDED, load_tokenizer
+    from mamba.layers import RMSNorm
+    from mamba.mamba1 import LayerState, MambaBlock, MambaConfig
+    from mamba.mamba2 import Mamba2Block, Mamba2Config, Mamba2State
+    from mamba.mamba3 import Mamba3Block, Mamba3Config
+    from mamba.model import Mamba, ResidualBlock
+    from mamba.scan import selective_scan
+    from mamba.text.generate import Generated, generate, stream
+    from mamba.text.prompt import read_prompt
+    from mamba.text.state import TextState, load_state, save_state, state_bytes
+    from mamba.trapezoid import TrapezoidState
+except KeyboardInterrupt:  # importing JAX takes a second or two
+    if sys.argv[:1] != ["-m"]:
+        raise
+    sys.exit(130)  # python -m mamba, not begun yet: Ctrl-C ends it without a traceback
+
+__version__ = "0.2.0"
 
 __all__ = [
     "EMBEDDED",
+    "Generated",
     "LayerState",
     "Mamba",
     "Mamba2Block",

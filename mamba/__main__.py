@@ -9,6 +9,7 @@ import unicodedata
 
 import jax
 
+import mamba
 from mamba.checkpoint.hub import EMBEDDED, load_tokenizer
 from mamba.interrupts import defer_interrupt
 from mamba.model import Mamba
@@ -40,6 +41,11 @@ def main(argv=None):
     0; 1 after an error; 2 for wrong usage; 130 for Ctrl-C; 141 where the reader of a pipe is gone.
     """
     parser = _parser()
+    if not hasattr(mamba, "Mamba"):
+        parser.error(
+            f"{mamba.__file__} is another package's, a test tool that is called mamba, too: run "
+            "pip uninstall mamba, then install jax-mamba again"
+        )
     args = parser.parse_args(argv)
     try:
         sampling = Sampling(
@@ -56,6 +62,8 @@ def main(argv=None):
     for path in filter(None, (args.state, args.save_state)):
         if not path.endswith(".safetensors"):
             parser.error(f"a state is kept in a file named *.safetensors, not {path}")
+    if args.revision is not None and args.model == EMBEDDED:
+        parser.error("--revision is of a repository: give one by --model")
     if "" in args.stop:
         parser.error("--stop must not be empty")
     if not 0 <= args.seed < 2**32:
@@ -86,6 +94,8 @@ def _parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    version = f"jax-mamba {getattr(mamba, '__version__', '?')}"
+    add("--version", action="version", version=version)
     add("prompt", nargs="?", help="the text to continue; if missing or -, read from standard input")
     add("--model", default=EMBEDDED, metavar="NAME", help="local folder, or repository of the hub")
     add("--revision", metavar="REV", help="branch, tag or commit of the repository")

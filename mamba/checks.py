@@ -4,6 +4,8 @@ Shapes and dtypes are known even under ``jit``. Values are not: what depends on 
 outside it.
 """
 
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,19 +36,21 @@ def check_axes(**arrays):
             raise ValueError(f"{name} must have shape ({wanted}), all >= 1, got {array.shape}")
 
 
-def check_shapes(shapes, **arrays):
+def check_shapes(shapes, optional=(), **arrays):
     """Raise unless each array has the shape of its name, of real numbers, and resets are bool.
 
     Args:
         shapes: {name: shape}.
-        arrays: the arrays by name; None for one that this call does without.
+        optional: names of those that may be None.
+        arrays: the arrays by name.
 
     Raises:
         ValueError: another shape.
-        TypeError: another kind of numbers: integers would be rounded to, complex ones cut short.
+        TypeError: no array; another kind of numbers: integers would be rounded to, complex ones cut
+            short.
     """
     for name, array in arrays.items():
-        if array is None:
+        if array is None and name in optional:
             continue
         _check_array(name, array)
         if array.shape != shapes[name]:
@@ -66,23 +70,30 @@ def _check_array(name, array):
 
 def check_resets(resets, shape):
     """Raise unless resets are None, or bool of the shape (b, l) of the tokens."""
-    check_shapes({"resets": shape}, resets=resets)
+    check_shapes({"resets": shape}, ["resets"], resets=resets)
 
 
 def check_chunk(chunk):
-    """Raise ValueError unless it is a number of tokens -> chunk."""
-    if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
+    """A number of tokens -> int. Raises ValueError for anything else."""
+    try:
+        number = 0 if isinstance(chunk, bool) else operator.index(chunk)
+    except TypeError:
+        number = 0
+    if number < 1:
         raise ValueError(f"chunk must be a number of tokens, at least 1, got {chunk!r}")
-    return chunk
+    return number
 
 
 def choose_method(method, methods, default, chunk):
     """The method that "auto" stands for, if it is among ``methods`` -> method.
 
+    That is the default, but "chunked" where a chunk is given.
+
     Raises:
         ValueError: an unknown method, or a chunk for another method than "chunked".
     """
-    method = default if method == "auto" else method
+    if method == "auto":
+        method = default if chunk is None else "chunked"
     if method not in methods:
         raise ValueError(f"unknown method {method!r}: expected 'auto' or one of {sorted(methods)}")
     if chunk is not None and method != "chunked":

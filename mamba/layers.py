@@ -76,7 +76,8 @@ class CausalConv(nn.Module):
     @nn.compact
     def __call__(self, x, cache, lengths=None, resets=None):
         width, (b, l, d) = self.width, x.shape
-        check_shapes({"cache": (b, width - 1, d), "resets": (b, l)}, cache=cache, resets=resets)
+        shapes = {"cache": (b, width - 1, d), "resets": (b, l)}
+        check_shapes(shapes, ["resets"], cache=cache, resets=resets)
         check_lengths(lengths, (b, l))
         kernel = self.param("kernel", uniform_fan_in, (width, d)).astype(self.dtype)
         cache = inputs_before(x, cache, resets, self.axis)

@@ -10,6 +10,7 @@ numerics as in the released code (state-spaces/mamba, ``mamba3.py``).
 """
 
 import dataclasses
+import numbers
 from functools import partial
 from typing import Any
 
@@ -39,14 +40,14 @@ class Mamba3Config(MultiHeadConfig):
     d_model: int  # width of the residual stream
     n_layer: int  # residual blocks
     vocab_size: int  # tokens, before padding
-    d_intermediate: int | None = None  # width of the MLP after each block; None: there is none
+    d_intermediate: int | None = None  # width of the MLP after each block; None or 0: there is none
     d_state: int = 128  # N, states per channel
     expand: int = 2  # E, d_inner / d_model
     head_dim: int = 64  # P, channels of a head
     n_groups: int = 1  # G, groups of heads that share B and C
     is_mimo: bool = False  # whether a step has R inputs and outputs (MIMO), not one (SISO)
     mimo_rank: int = 4  # R, if is_mimo
-    rope_fraction: float | None = 0.5  # share of the states that turn; None: none does
+    rope_fraction: float | None = 0.5  # share of the states that turn; None or 0: none does
     A_floor: float = 1e-4  # the least rate, −A
     heavy_tail: bool = True  # whether rates are heavy_tail(·), as released; else softplus(·)
     dt_min: float = 1e-3  # shortest time step at the start of training
@@ -58,9 +59,18 @@ class Mamba3Config(MultiHeadConfig):
     dtype: Any = jnp.float32  # of the matrix products
 
     def __post_init__(self):
+        for name in ("d_intermediate", "rope_fraction"):  # config.json says 0 where there is none
+            value = getattr(self, name)
+            if isinstance(value, numbers.Real) and not isinstance(value, bool) and value == 0:
+                object.__setattr__(self, name, None)
         super().__post_init__()
         if self.rope_fraction and self.rope_fraction > 1:
             raise ValueError(f"rope_fraction must be at most 1, got {self.rope_fraction}")
+        if self.rope_fraction and not self.n_angles:
+            raise ValueError(
+                f"rope_fraction = {self.rope_fraction} of d_state = {self.d_state} states is less "
+                "than one pair: nothing would turn. Give more, or None for no rotation"
+            )
 
     @property
     def mlp_width(self):

@@ -147,24 +147,27 @@ class Mamba(nn.Module):
         config, params = load_checkpoint(name, revision, dtype, cache_dir)
         return cls(config), params
 
-    def save_pretrained(self, params, folder):
+    def save_pretrained(self, params, folder, *, naming=None):
         """Write ``config.json`` and ``model.safetensors``, which ``from_pretrained`` reads again.
 
-        The naming is the original one, for Falcon-Mamba transformers'. A tied head is not written.
-        Bit for bit, the same parameters come back with ``dtype=model.config.dtype``. Interrupted at
-        any moment, it leaves the folder as it was, complete, or without a ``config.json``: never
-        one that loads as something else.
+        A tied head is not written. Every parameter is written in its own dtype, bit for bit. What
+        comes back is in the dtype that ``from_pretrained`` is given: the matrices of a float32 tree
+        (``init`` makes one whatever ``config.dtype``) are rounded by ``dtype=jnp.bfloat16``.
+        Interrupted at any moment, it leaves the folder as it was, complete, or without a
+        ``config.json``: never one that loads as something else.
 
         Args:
             params: this model's parameters.
             folder: where to write; made if it is not there.
+            naming: "original", or "transformers" for a folder that transformers loads. None: the
+                original one, for Falcon-Mamba transformers'. transformers has no Mamba-3.
 
         Raises:
             TypeError: ``params`` is no dict.
-            ValueError: ``params`` is another model's, or the model's kind has no published form.
+            ValueError: ``params`` is another model's, or this naming does not have the model.
             FileExistsError: the folder holds weights in another form, which would contradict these.
         """
-        save_checkpoint(self.config, params, folder)
+        save_checkpoint(self.config, params, folder, naming)
 
 
 class _Head(nn.Module):

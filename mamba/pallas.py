@@ -95,7 +95,7 @@ def pallas_scan(x, delta, A, B, C, D, z, h0, resets, interpret=None):
     floats = {"x": x, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "h0": h0}
     shapes = {"x": (b, l, d), "delta": (b, l, d), "A": (n, d), "B": (b, l, n), "C": (b, l, n)}
     shapes |= {"D": (d,), "z": (b, l, d), "h0": (b, n, d), "resets": (b, l)}
-    check_shapes(shapes, **floats, resets=resets)
+    check_shapes(shapes, ["z", "resets"], **floats, resets=resets)
     for name, value in floats.items():
         if value is not None and value.dtype != jnp.float32:
             raise TypeError(f"{name} must be float32, got {value.dtype}")

@@ -96,7 +96,8 @@ def selective_scan(
     (b, l, d), n = x.shape, A.shape[1]
     shapes = {"x": (b, l, d), "delta": (b, l, d), "A": (d, n), "B": (b, l, n), "C": (b, l, n)}
     shapes |= {"D": (d,), "z": (b, l, d), "h0": (b, d, n), "resets": (b, l)}
-    check_shapes(shapes, x=x, delta=delta, A=A, B=B, C=C, D=D, z=z, h0=h0, resets=resets)
+    optional = ["z", "h0", "resets"]
+    check_shapes(shapes, optional, x=x, delta=delta, A=A, B=B, C=C, D=D, z=z, h0=h0, resets=resets)
     method, chunk = _choose(method, chunk)
 
     dtype = x.dtype

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mamba.checks import check_axes, check_chunk, check_shapes
+from mamba.checks import check_axes, check_chunk, check_shapes, choose_method
 from mamba.chunked import pad_to_chunks
 from mamba.collectives import vary_alike
 
@@ -97,10 +97,11 @@ def ssd(
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
     shapes = {"x": x.shape, "delta": (b, l, h), "A": (h,), "B": (b, l, g, n), "C": (b, l, g, n)}
     shapes |= {"D": (h,), "h0": (b, h, p, n), "resets": (b, l)}
-    check_shapes(shapes, x=x, delta=delta, A=A, B=B, C=C, D=D, h0=h0, resets=resets)
+    optional = ["D", "h0", "resets"]
+    check_shapes(shapes, optional, x=x, delta=delta, A=A, B=B, C=C, D=D, h0=h0, resets=resets)
     if h % g:
         raise ValueError(f"the groups must divide the heads, got {g} groups and {h} heads")
-    method, chunk = _choose(method, chunk, l)
+    method = choose_method(method, METHODS, "recurrence" if l == 1 else "chunked", chunk)
 
     dtype = x.dtype
     x, delta, A, B, C = (jnp.asarray(v, jnp.float32) for v in (x, delta, A, B, C))
@@ -116,7 +117,7 @@ def ssd(
         state, y = jax.lax.scan(ssd_step, state, steps, unroll=l == 1)
         y = jnp.moveaxis(y, 0, 1)  # (b, l, h, p)
     else:
-        T = min(chunk, l) if method == "chunked" else l
+        T = l if method == "quadratic" else min(CHUNK if chunk is None else check_chunk(chunk), l)
         heads = (g, h // g)  # heads of one group next to each other: B and C are never repeated
         u, log_a = u.reshape(b, l, *heads, p), log_a.reshape(b, l, *heads, 1)
         u, log_a, B, C = (_to_chunks(v, T) for v in (u, log_a, B, C))  # (l / T, b, g, …, T, ·)
@@ -283,16 +284,3 @@ def _to_chunks(v, T):
     """(b, l, …, k) -> (l / T, b, …, T, k). Zeros fill the last chunk: Δ = 0 changes no state."""
     v = pad_to_chunks(v, T)
     return jnp.moveaxis(v.reshape(v.shape[0], -1, T, *v.shape[2:]), (1, 2), (0, -2))
-
-
-def _choose(method, chunk, l):
-    """The method that "auto" stands for, and T."""
-    if method == "auto":
-        method = "recurrence" if l == 1 else "chunked"
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: expected 'auto' or one of {sorted(METHODS)}")
-    if chunk is not None and method != "chunked":
-        raise ValueError(f"method {method!r} takes no chunk: only 'chunked' does")
-    if chunk is None:
-        return method, CHUNK
-    return method, check_chunk(chunk)

@@ -124,7 +124,7 @@ def trapezoidal_scan(
     shapes = {"x": x.shape, "theta": (b, l, h, s), "D": (h,), "resets": (b, l)}
     shapes |= dict.fromkeys("BC", (b, l, h, r, n)) | dict.fromkeys(["delta", "A", "lam"], (b, l, h))
     inputs = {"x": x, "delta": delta, "A": A, "lam": lam, "B": B, "C": C, "theta": theta}
-    check_shapes(shapes, **inputs, D=D, resets=resets)
+    check_shapes(shapes, ["D", "resets"], **inputs, D=D, resets=resets)
     if s > n // 2:
         raise ValueError(f"theta has {s} angles, but B and C have {n // 2} pairs of numbers")
     if pairs not in PAIRS:

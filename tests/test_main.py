@@ -1,19 +1,23 @@
 """The command line, in this process where possible and in one of its own for signals and pipes."""
 
+import importlib
 import inspect
 import io
+import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
 from tokenizers import Tokenizer
 
-from mamba import Mamba, Mamba3Config, MambaConfig, generate
+from mamba import Mamba, Mamba3Config, MambaConfig, __version__, generate
 from mamba.__main__ import main
 from mamba.train.corpus import train_tokenizer
+from tests.helpers.checkpoints import ROOT
 from tests.helpers.parameters import random_params
 
 
@@ -229,6 +233,20 @@ def test_a_character_that_the_terminal_lacks(run, captured, monkeypatch):
     assert raw.getvalue() == b"a??\n"
 
 
+@pytest.mark.parametrize("module", ["mamba.__main__", "mamba.train.__main__"])
+def test_version(capsys, module):
+    with pytest.raises(SystemExit) as exit:
+        importlib.import_module(module).main(["--version"])
+    assert exit.value.code == 0 and capsys.readouterr().out == f"jax-mamba {__version__}\n"
+
+
+def test_another_package_under_our_name(run, monkeypatch):
+    """PyPI's `mamba` puts its own __init__.py, which is nearly empty, over ours."""
+    monkeypatch.delattr("mamba.Mamba")
+    code, out, err = run("a")
+    assert (code, out) == (2, "") and "a test tool that is called mamba, too" in err
+
+
 def test_help(run):
     code, out, _ = run("--help")
     assert code == 0
@@ -251,6 +269,7 @@ def test_help(run):
         (["a", "--seed", "-1"], "--seed must lie in [0, 2^32), got -1"),
         (["a", "--stop", ""], "--stop must not be empty"),
         (["a", "--state", "x.bin"], "a state is kept in a file named *.safetensors, not x.bin"),
+        (["a", "--save-state", "x.safetensors.part"], "named *.safetensors, not x.safetensors.pa"),
         (["a", "--dtype", "int8"], "invalid choice"),
         (["a", "b"], "unrecognized arguments: b"),
     ],
@@ -258,6 +277,13 @@ def test_help(run):
 def test_wrong_usage_is_2(run, arguments, message):
     code, out, err = run(*arguments)
     assert code == 2 and out == "" and message in err
+
+
+def test_the_model_that_ships_has_no_revision(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["a", "--revision", "main"])
+    assert exit.value.code == 2
+    assert "--revision is of a repository: give one by --model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -300,6 +326,19 @@ def test_ctrl_c_ends_cleanly(folder):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.strip() == b""
+
+
+@pytest.mark.parametrize("command", ["mamba", "mamba.train"])
+def test_ctrl_c_during_import(command, tmp_path):
+    """Before the command begins there is nothing to say: no traceback."""
+    (tmp_path / "flax").mkdir()
+    (tmp_path / "flax" / "__init__.py").write_text("raise KeyboardInterrupt")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    run = partial(subprocess.run, env=environment, cwd=tmp_path, capture_output=True)
+    done = run([sys.executable, "-m", command, "a"])
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+    done = run([sys.executable, "-c", "import mamba"])  # a program of its own hears of it
+    assert done.returncode != 0 and b"KeyboardInterrupt" in done.stderr
 
 
 def test_a_broken_pipe_is_silent(folder):

@@ -40,9 +40,9 @@ def test_derived_sizes():
     assert (c.rank, c.n_angles, c.mlp_width) == (3, 64, None)
     angles = [
         dataclasses.replace(c, d_state=n, rope_fraction=share).n_angles
-        for n, share in [(5, 1.0), (7, 0.5), (6, 0.5), (1, 1.0), (3, 0.5), (8, None)]
+        for n, share in [(5, 1.0), (7, 0.5), (6, 0.5), (8, None), (8, 0)]
     ]
-    assert angles == [2, 1, 1, 0, 0, 0]  # of an even number of states
+    assert angles == [2, 1, 1, 0, 0]  # of an even number of states
     widths = [dataclasses.replace(c, d_intermediate=n).mlp_width for n in (1, 128, 129, 1280)]
     assert widths == [128, 128, 256, 1280]
     state = dataclasses.replace(c, head_dim=32).zero_state(2)
@@ -144,6 +144,7 @@ def test_the_mlp_reads_what_the_block_wrote():
 # --- initialization -----------------------------------------------------------------------------
 
 SIZES = {"d_model": 96, "n_layer": 2, "vocab_size": 300, "head_dim": 1, "d_state": 3}
+SIZES |= {"rope_fraction": None}
 
 
 @cache
@@ -210,6 +211,13 @@ def test_initial_rest():
     assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.parametrize("name", ["d_intermediate", "rope_fraction"])
+@pytest.mark.parametrize("none", [0, 0.0, np.int32(0)])
+def test_0_is_none_as_in_config_json(name, none):
+    with_0, with_none = (dataclasses.replace(SMALL_3, **{name: v}) for v in (none, None))
+    assert with_0 == with_none and hash(with_0) == hash(with_none)
+
+
 def test_one_input_a_step_has_no_mixing_weights():
     mixer = abstract_params(SMALL_3)["layers_0"]["mixer"]
     assert not {"mimo_x", "mimo_z", "mimo_o", "A_log", "conv1d"} & mixer.keys()
@@ -222,12 +230,15 @@ def test_one_input_a_step_has_no_mixing_weights():
         ({"head_dim": 7}, "heads of 7 channels do not divide d_inner = 24"),
         ({"n_groups": 4}, "4 groups do not divide 6 heads"),
         ({"rope_fraction": 1.5}, "rope_fraction must be at most 1, got 1.5"),
-        ({"rope_fraction": 0}, "rope_fraction must be a number above 0"),
+        ({"rope_fraction": -1}, "rope_fraction must be a number above 0"),
+        ({"rope_fraction": False}, "rope_fraction must be a number above 0"),
+        ({"rope_fraction": 0.01}, "rope_fraction = 0.01 of d_state = 5 states is less than one pa"),
+        ({"d_state": 3}, "rope_fraction = 0.5 of d_state = 3 states is less than one pair"),
         ({"mimo_rank": 0}, "mimo_rank must be a whole number, at least 1"),
         ({"is_mimo": 1}, "is_mimo must be True or False"),
         ({"heavy_tail": None}, "heavy_tail must be True or False"),
         ({"A_floor": 0.0}, "A_floor must be a number above 0"),
-        ({"d_intermediate": 0}, "d_intermediate must be a whole number, at least 1"),
+        ({"d_intermediate": -1}, "d_intermediate must be a whole number, at least 1"),
     ],
 )
 def test_bad_config(change, message):

@@ -54,10 +54,18 @@ def read_tensors(path):
     path = Path(path)
     if path.name.endswith(".index.json"):
         return _read_shards(path)
+    if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+        raise CheckpointError(f"{path}: {'a folder' if path.is_dir() else 'a device'}, not a file")
     with open(path, "rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs.github.com"):
-            raise CheckpointError(f"{path}: a Git LFS pointer, not the weights: run `git lfs pull`")
-    return _read_safetensors(path) if path.suffix == ".safetensors" else read_bin(path)
+        start = file.read(40)
+    named_safetensors = path.suffix == ".safetensors"
+    if start.startswith(b"version https://git-lfs.github.com"):
+        raise CheckpointError(f"{path}: a Git LFS pointer, not the weights: run `git lfs pull`")
+    if named_safetensors and start.startswith(b"PK\3\4"):
+        raise CheckpointError(f"{path}: holds PyTorch's format: rename it to pytorch_model.bin")
+    if not named_safetensors and start[8:9] == b"{":
+        raise CheckpointError(f"{path}: is a safetensors file: rename it to model.safetensors")
+    return _read_safetensors(path) if named_safetensors else read_bin(path)
 
 
 def write_tensors(path, arrays):
@@ -87,6 +95,7 @@ def write_atomically(path):
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)  # a link there could lead to any file
     try:
         yield part
         sync_to_disk(part)

@@ -1,6 +1,9 @@
 """Where a checkpoint lies: in a local folder, or in a repository of the Hugging Face Hub."""
 
+import os
+import queue
 import re
+import threading
 from pathlib import Path
 
 from mamba.checkpoint.files import read_json
@@ -16,6 +19,8 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 TOKENIZER = "tokenizer.json"
 # With which the published models in the original naming were trained, and how many tokens it has.
 TRAINED_WITH = {"EleutherAI/gpt-neox-20b": 50277, "meta-llama/Llama-3.1-8B": 128256}
+
+PATIENCE = 3  # seconds to wait for the hub's first answer
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # "organization/name" or "name"
@@ -103,10 +108,15 @@ class _Folder:
             published = _trained_with(self)
             hint = f" (that of {published}, if it is a published one)" if published else ""
             hint = f"; copy in the tokenizer that the model was trained with{hint}"
-        held = ", ".join(abridged(sorted(p.name for p in self.path.iterdir()), 8)) or "nothing"
+        held = ", ".join(abridged(sorted(map(_shown, self.path.iterdir())), 8)) or "nothing"
         raise FileNotFoundError(
             f"{self.path}: expected {' or '.join(names)}; the folder holds {held}{hint}"
         )
+
+
+def _shown(path):
+    """The name of a file; what is no file says so."""
+    return path.name + ("" if path.is_file() else "/ (a folder)" if path.is_dir() else " (no file)")
 
 
 class _Hub:
@@ -114,7 +124,8 @@ class _Hub:
 
     def __init__(self, name, revision, cache_dir):
         self.name, self.revision, self.cache_dir = name, revision, cache_dir
-        self.offline = None  # the error which showed that the hub cannot be reached
+        self.asked, self.no_answer = False, None  # whether the hub answers; why it does not
+        self.offline = None  # why a file that is not in the cache cannot be had
 
     def find(self, name):
         """Path of a file, or None if the repository (without a network: the cache) has none."""
@@ -124,13 +135,17 @@ class _Hub:
         where = {"repo_id": self.name, "filename": name, "cache_dir": self.cache_dir}
         where["revision"] = self.revision
         try:
-            # A file that a commit lacks can never appear in it, so there is no need to ask again.
-            pinned = _COMMIT.fullmatch(self.revision or "")
-            if pinned and try_to_load_from_cache(**where) is _CACHED_NO_EXIST:
-                return None
-            path = Path(hf_hub_download(**where, local_files_only=self.offline is not None))
+            # What a commit holds, and what it lacks, never changes: there is no need to ask again.
+            if _COMMIT.fullmatch(self.revision or ""):
+                cached = try_to_load_from_cache(**where)
+                if cached is not None:
+                    return None if cached is _CACHED_NO_EXIST else Path(cached)
+            if not self.asked:
+                self.asked, self.no_answer = True, _why_no_answer(self.name)
+            only_cached = (self.offline or self.no_answer) is not None
+            path = Path(hf_hub_download(**where, local_files_only=only_cached))
         except errors.LocalEntryNotFoundError as error:  # not in the cache, and no answer
-            self.offline = self.offline or error.__cause__ or error
+            self.offline = self.offline or self.no_answer or error.__cause__ or error
             return None
         except errors.EntryNotFoundError:
             return None
@@ -166,8 +181,38 @@ class _Hub:
         wanted = " or ".join(names)
         if self.offline is None:
             raise FileNotFoundError(f"{self.name}: the repository has no {wanted}")
+        reason = " ".join(str(self.offline).split())  # on one line
         raise ConnectionError(
             f"{self.name}: there is no such folder, the Hugging Face Hub cannot be reached "
-            f"({self.offline}), and its cache here has no {wanted} of that name. Without a "
+            f"({reason}), and its cache here has no {wanted} of that name. Without a "
             "network, give a local folder or the name of a repository that was loaded before"
         )
+
+
+def _why_no_answer(name):
+    """Ask the hub for a repository -> None if it answers, whatever it says, else the error.
+
+    The hub's own library tries again and again, for minutes where a network swallows what is sent.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.utils import HfHubHTTPError
+
+    seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or PATIENCE)
+    found = queue.SimpleQueue()
+
+    def ask():
+        try:
+            get_hf_file_metadata(hf_hub_url(name, CONFIG), timeout=seconds)
+        except HfHubHTTPError:  # an answer
+            found.put(None)
+        except Exception as error:
+            found.put(error)
+        else:
+            found.put(None)
+
+    # A thread: a timeout holds for each address that a name has, and not for the search for them.
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return found.get(timeout=seconds)
+    except queue.Empty:
+        return TimeoutError(f"no answer within {seconds:g} s; HF_HUB_ETAG_TIMEOUT=20 waits longer")

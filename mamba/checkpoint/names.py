@@ -9,6 +9,7 @@ one generation of models to the next stands in its ``Schema``.
 
 import json
 import math
+import re
 
 import jax.numpy as jnp
 
@@ -16,22 +17,20 @@ from mamba.checkpoint.files import read_json
 from mamba.checkpoint.mamba1_schema import FALCON_MAMBA, MAMBA
 from mamba.checkpoint.mamba2_schema import MAMBA2
 from mamba.checkpoint.mamba3_schema import MAMBA3
-from mamba.checkpoint.schema import ORIGINAL, TRANSFORMERS, UNCHECKED, TensorSpec, projection
+from mamba.checkpoint.schema import (
+    HYBRIDS,
+    ORIGINAL,
+    TRANSFORMERS,
+    UNCHECKED,
+    TensorSpec,
+    projection,
+)
 from mamba.checkpoint.tensors import CheckpointError, abridged, quote
 
-__all__ = ["read_config", "schema_of", "tensor_table", "write_config"]
+__all__ = ["naming_of", "read_config", "schema_of", "tensor_table", "write_config"]
 
 SCHEMAS = (MAMBA, FALCON_MAMBA, MAMBA2, MAMBA3)
 REQUIRED = ("d_model", "n_layer", "vocab_size")  # fields without a default
-HYBRIDS = {  # model_type: what such a model has beside state space layers
-    "bamba": "attention layers between its Mamba-2 layers",
-    "falcon_h1": "attention heads beside the Mamba-2 mixer of every layer",
-    "granitemoehybrid": "attention and expert layers between its Mamba-2 layers",
-    "jamba": "attention and expert layers between its Mamba layers",
-    "nemotron_h": "attention and MLP layers between its Mamba-2 layers",
-    "zamba": "an attention block, shared by many places, between its Mamba layers",
-    "zamba2": "attention blocks, each shared by many places, between its Mamba-2 layers",
-}
 
 
 # ------------------------------------------------------------------------------ config.json
@@ -72,10 +71,11 @@ def read_config(path, dtype=jnp.float32):
     keys = {field: getattr(key, scheme) for field, key in schema.keys.items()}
     keys = {field: key for field, key in keys.items() if key is not None}
     if scheme == ORIGINAL:  # the original code refuses keys that it does not know, and so do we
-        known = {*keys.values(), *schema.supported, *schema.ignored, "model_type", "ssm_cfg.layer"}
-        unknown = [quote(key) for key in data if key not in known and not key.startswith("_")]
+        unknown = sorted(data.keys() - schema.original_keys)
+        unknown = [quote(key) for key in unknown if not key.startswith("_")]
         if unknown:
-            raise CheckpointError(f"{path}: unknown keys: {', '.join(abridged(unknown, 10))}")
+            found = f"{path}: unknown keys: {', '.join(abridged(unknown, 10))}"
+            raise CheckpointError(found + _looks_like(schema, data))
     missing = [keys[field] for field in REQUIRED if keys[field] not in data]
     if missing:
         raise CheckpointError(f"{path}: missing keys: {', '.join(missing)}")
@@ -97,6 +97,15 @@ def read_config(path, dtype=jnp.float32):
                     f"{implied}"
                 )
     return config
+
+
+def _looks_like(schema, data):
+    """What to say of unknown keys that another generation has, where the file does not name it."""
+    keys = {key for key in data if not key.startswith("_")}
+    fits = [s for s in SCHEMAS if s.layer and s.original_keys >= keys]
+    if "ssm_cfg.layer" in data or not fits:
+        return ""
+    return f". If this is {fits[0].name}, set ssm_cfg.layer to {quote(fits[0].layer)}"
 
 
 def _with_expand(path, data):
@@ -145,8 +154,10 @@ def _find_schema(path, scheme, data):
             f"{path}: {key} = {quote(value)} is not supported, but {', '.join(map(quote, known))}"
         )
     schema = known[value]
-    of_type = {"model_type": (schema.model_type,)} if schema.model_type else {}
-    for key, supported in (of_type | schema.supported).items():
+    # A file that names its generation twice must name the same one.
+    named = {"model_type": (schema.model_type or schema.layer.lower(),)}
+    named |= {"ssm_cfg.layer": (schema.layer,)} if schema.layer else {}
+    for key, supported in (named | schema.supported).items():
         value = data.get(key, supported[0])
         if not any(type(value) is type(other) and value == other for other in supported):
             raise CheckpointError(
@@ -160,7 +171,7 @@ def _checked(path, kind, key, value):
     """The value of a key, if it is of its kind (JSON's true and "16" are not numbers)."""
     if "auto" in kind and type(value) is str and value == "auto":
         return None
-    if kind.endswith(" or 0") and type(value) in (int, float) and value == 0:
+    if kind.endswith(" or 0") and (value is None or type(value) in (int, float) and value == 0):
         return None
     if kind == "pair of numbers":
         if type(value) is list and len(value) == 2:
@@ -187,25 +198,39 @@ def _number(value):
     return float(value) if number else None
 
 
-def write_config(path, config):
-    """Write a ``config.json`` that ``read_config`` reads: in the original naming if it has the
-    model, else (Falcon-Mamba) in transformers'.
+def naming_of(config, naming=None):
+    """The naming scheme to save a model in: the one asked for, or the original one if it has it.
+
+    Raises ValueError for another name, and for a scheme that does not have the model.
+    """
+    schema = schema_of(config)
+    names = {ORIGINAL: schema.layer, TRANSFORMERS: schema.model_type}
+    if naming not in (None, *names):
+        raise ValueError(f"naming must be one of {', '.join(map(repr, names))}, got {naming!r}")
+    if naming and names[naming] is None:
+        raise ValueError(f"the {naming} naming has no {schema.name}")
+    return naming or (ORIGINAL if schema.layer else TRANSFORMERS)
+
+
+def write_config(path, config, naming=None):
+    """Write a ``config.json`` that ``read_config`` reads, in a naming as ``naming_of`` takes it.
 
     The dtype is not written, because the reader chooses it. In the original naming ``norm_epsilon``
     is written only if it is not 1e-5, and ``heavy_tail`` only if it is not True. The original code
     does not know these keys: it refuses such a file, and so does not compute something else.
-    ``dt_limit`` is written only if there is one, because JSON has no infinity. In transformers'
-    naming ``vocab_size`` counts the padding too.
+    ``dt_limit`` is written there only if there is one. In transformers' naming ``vocab_size``
+    counts the padding too, and what only initializes (``A_init_range``) has no key.
     """
-    schema = schema_of(config)
+    schema, scheme = schema_of(config), naming_of(config, naming)
     values = {field: getattr(config, field) for field in schema.keys}
-    if schema.layer is None:
-        scheme, data = TRANSFORMERS, {"model_type": schema.model_type, "hidden_act": "silu"}
+    if scheme == TRANSFORMERS:
+        title = "".join(word.capitalize() for word in schema.model_type.split("_"))
+        data = {"model_type": schema.model_type, "architectures": [f"{title}ForCausalLM"]}
+        data |= {"hidden_act": "silu", "intermediate_size": config.d_inner}
+        data |= {key: size_of(config) for key, (_, size_of) in schema.implied.items()}
         values["vocab_size"] = config.padded_vocab_size
-        data["intermediate_size"] = config.d_inner
     else:
-        scheme, data = ORIGINAL, {"rms_norm": True, "residual_in_fp32": True}
-        data |= {"fused_add_norm": True, "ssm_cfg": {}}
+        data = {"rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True, "ssm_cfg": {}}
         if schema is not MAMBA:  # which the first files, and the code of their time, do not name
             data["ssm_cfg"]["layer"] = schema.layer
         for field, key in schema.keys.items():
@@ -218,7 +243,9 @@ def write_config(path, config):
             if value is None:
                 value = "auto" if "auto" in schema.keys[field].kind else 0
             target[key.removeprefix("ssm_cfg.")] = value
-    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
+    text = json.dumps(data, indent=2, sort_keys=True)
+    # Valid JSON has no infinity. Every reader makes one of this number.
+    path.write_text(re.sub(r"\bInfinity\b", "1e999", text) + "\n")
 
 
 # ------------------------------------------------------------------------------ tensors

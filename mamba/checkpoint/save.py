@@ -9,20 +9,22 @@ from flax.traverse_util import flatten_dict
 
 from mamba.checkpoint.files import sync_to_disk, write_atomically, write_tensors
 from mamba.checkpoint.hub import CONFIG, WEIGHTS
-from mamba.checkpoint.names import schema_of, tensor_table, write_config
+from mamba.checkpoint.names import naming_of, tensor_table, write_config
+from mamba.checkpoint.schema import ORIGINAL
 from mamba.checkpoint.tensors import compare_tensors
 
 __all__ = ["save_checkpoint"]
 
 
-def save_checkpoint(config, params, folder):
+def save_checkpoint(config, params, folder, naming=None):
     """Write ``config.json`` and ``model.safetensors``. See ``Mamba.save_pretrained``."""
     if not isinstance(params, Mapping):
         raise TypeError(
             "save_pretrained(params, folder): params must be the dict of parameters, "
             f"got {type(params).__name__}"
         )
-    embedding = "embedding" if schema_of(config).layer else "embeddings"  # as write_config's naming
+    naming = naming_of(config, naming)
+    embedding = "embedding" if naming == ORIGINAL else "embeddings"
     specs, flat = tensor_table(config, embedding), flatten_dict(params, sep=".")
     compare_tensors(
         "params",
@@ -36,6 +38,9 @@ def save_checkpoint(config, params, folder):
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for name in (CONFIG, WEIGHTS[0]):
+        if (folder / name).is_dir():
+            raise IsADirectoryError(f"{folder / name} is a folder: save into another one")
     others = [name for name in WEIGHTS[1:] if (folder / name).exists()]
     if others:
         raise FileExistsError(f"{folder} holds {', '.join(others)}: save into another folder")
@@ -43,7 +48,7 @@ def save_checkpoint(config, params, folder):
         write_atomically(folder / CONFIG) as config_part,
         write_atomically(folder / WEIGHTS[0]) as weights_part,
     ):
-        write_config(config_part, config)
+        write_config(config_part, config, naming)
         write_tensors(weights_part, arrays)
         sync_to_disk(weights_part)  # a full disk shows here, while the old model is still whole
         # From here on the folder has no configuration, and so does not load, until all is in place.

@@ -7,6 +7,7 @@ __all__ = [
     "COMMON_KEYS",
     "COMMON_SUPPORTED",
     "COMMON_IGNORED",
+    "HYBRIDS",
     "ORIGINAL",
     "TRANSFORMERS",
     "UNCHECKED",
@@ -20,6 +21,15 @@ __all__ = [
 
 ORIGINAL, TRANSFORMERS = "original", "transformers"  # the two naming schemes
 UNCHECKED = object()  # stands for the value of an implied key that may be absent
+HYBRIDS = {  # model_type: what such a model has beside state space layers
+    "bamba": "attention layers between its Mamba-2 layers",
+    "falcon_h1": "attention heads beside the Mamba-2 mixer of every layer",
+    "granitemoehybrid": "attention and expert layers between its Mamba-2 layers",
+    "jamba": "attention and expert layers between its Mamba layers",
+    "nemotron_h": "attention and MLP layers between its Mamba-2 layers",
+    "zamba": "an attention block, shared by many places, between its Mamba layers",
+    "zamba2": "attention blocks, each shared by many places, between its Mamba-2 layers",
+}
 
 
 class Key(NamedTuple):
@@ -61,6 +71,12 @@ class Schema(NamedTuple):
     ignored: frozenset  # keys that do not change what is computed
     implied: Mapping[str, tuple]  # transformers' keys: (value if absent, config -> what it must be)
     mixer: Callable  # config -> the TensorSpecs of a layer's mixer, without "mixer."
+
+    @property
+    def original_keys(self):
+        """All keys that this generation's files may have in the original naming."""
+        keys = {key.original for key in self.keys.values()} - {None}
+        return {*keys, *self.supported, *self.ignored, "model_type", "ssm_cfg.layer"}
 
 
 # What every language model of the family has.

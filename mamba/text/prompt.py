@@ -6,6 +6,7 @@ exact: at padding Δ = 0, which leaves the state as it is (``mamba.layers.zero_a
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Mapping
 
 import jax
@@ -15,10 +16,11 @@ import numpy as np
 from mamba.checks import forms
 from mamba.model import Mamba
 from mamba.text.state import TextState
-from mamba.text.tokens import encode, plain_tokenizer
+from mamba.text.tokens import check_ids, encode, plain_tokenizer
 
 __all__ = [
     "encode_prompts",
+    "list_prompts",
     "padded_length",
     "read_prompt",
     "read_slice",
@@ -29,7 +31,7 @@ __all__ = [
 PROMPT_SLICE = 2048  # tokens read at once: bounds the memory, and the number of padded lengths
 
 
-def read_prompt(model, *, params, tokenizer, prompt, state=None):
+def read_prompt(model, *, params, tokenizer=None, prompt, state=None):
     """Read a prompt, or each prompt of a list, into a TextState from which ``generate`` continues.
 
     The result has one row per prompt, and the same size whatever was read. It is a value that
@@ -39,8 +41,8 @@ def read_prompt(model, *, params, tokenizer, prompt, state=None):
         model: as ``Mamba.from_pretrained`` returns it.
         params: its parameters.
         tokenizer: one of ``transformers`` or ``tokenizers``. The special tokens that it adds by
-            default are added where a text begins.
-        prompt: a str or a list of str.
+            default are added where a text begins. Token ids need none.
+        prompt: a str or a list of token ids, or a list of several.
         state: a TextState; the prompt then continues the text that it holds. Reading "a" and then
             "b" is reading "ab", if the tokenizer splits "ab" there. None: the prompt begins a text.
 
@@ -51,7 +53,7 @@ def read_prompt(model, *, params, tokenizer, prompt, state=None):
         ValueError: an empty prompt or list; a tokenizer, parameters or a state that do not fit.
         TypeError: an argument of another kind.
     """
-    prompts = [prompt] if isinstance(prompt, str) else prompt
+    prompts, _ = list_prompts(prompt)
     _, ids, state = encode_prompts(model, params, tokenizer, prompts, state)
     return read_tokens(*upcast_on_cpu(model, params), ids, state)
 
@@ -127,18 +129,30 @@ def upcast_on_cpu(model, params):
 # --- checks ---------------------------------------------------------------------------------------
 
 
+def list_prompts(prompt):
+    """One prompt or several -> the list of them, and whether it was one.
+
+    A prompt is a str, or the token ids of a text: a list, tuple or array of integers.
+    """
+    prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    of_ids = isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], numbers.Integral)
+    one = isinstance(prompt, str) or bool(of_ids)
+    return ([prompt] if one else prompt), one
+
+
 def encode_prompts(model, params, tokenizer, prompts, state):
     """Check all that a prompt needs, and encode it.
 
     Args:
         model: must be a Mamba.
         params: must be this model's parameters.
-        tokenizer: must encode and decode, with ids that the model has.
-        prompts: must be a non-empty list of str, each with at least one token where a text begins.
+        tokenizer: must encode and decode, with ids that the model has; or None for token ids.
+        prompts: must be a non-empty list of str or of lists of token ids, each with at least one
+            token where a text begins.
         state: must be None or a TextState of this model, with one row or one per prompt.
 
     Returns:
-        tokenizer: in its plain form (``plain_tokenizer``).
+        tokenizer: in its plain form (``plain_tokenizer``), or None.
         ids: for each prompt the list of token ids to read.
         state: the TextState of b rows to read them from; the empty one if there was None.
 
@@ -146,13 +160,17 @@ def encode_prompts(model, params, tokenizer, prompts, state):
         ValueError, TypeError: what does not fit, in words.
     """
     _check_model(model, params)
-    tokenizer = plain_tokenizer(tokenizer)
     if not isinstance(prompts, list | tuple) or not prompts:
-        raise ValueError(f"prompt must be a str or a non-empty list of str, got {prompts!r}")
+        raise ValueError(
+            "prompt must be a str, a list of token ids, or a non-empty list of such, "
+            f"got {prompts!r}"
+        )
+    needed = tokenizer is not None or any(isinstance(prompt, str) for prompt in prompts)
+    tokenizer = plain_tokenizer(tokenizer) if needed else None
     begins = state is None
-    ids = [encode(tokenizer, prompt, begins) for prompt in prompts]
+    ids = [_ids(tokenizer, prompt, begins) for prompt in prompts]
     for prompt, row in zip(prompts, ids, strict=True):
-        _check_ids(row, prompt, model.config.vocab_size, begins)
+        _check_vocabulary(row, prompt, model.config.vocab_size, begins)
     if begins:
         return tokenizer, ids, TextState.empty(model, len(ids))
     return tokenizer, ids, _with_rows(state, model, len(ids))
@@ -191,12 +209,18 @@ def _with_rows(state, model, b):
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, b, axis=0), state)
 
 
-def _check_ids(ids, prompt, vocab_size, begins):
+def _ids(tokenizer, prompt, begins):
+    """The token ids of a prompt, encoded if it is a text."""
+    return encode(tokenizer, prompt, begins) if isinstance(prompt, str) else check_ids(prompt)
+
+
+def _check_vocabulary(ids, prompt, vocab_size, begins):
     """Raise ValueError for a text without tokens, or with tokens that the model does not have."""
     if not ids and begins:
         raise ValueError(f"the prompt {prompt!r} has no tokens: give at least one to start from")
     if ids and (min(ids) < 0 or max(ids) >= vocab_size):
+        whose = "the tokenizer gave" if isinstance(prompt, str) else "the prompt holds"
         raise ValueError(
-            f"the tokenizer gave token ids up to {max(ids)}, but the model's vocabulary is "
+            f"{whose} token ids from {min(ids)} to {max(ids)}, but the model's vocabulary is "
             f"0 … {vocab_size - 1}: use the tokenizer that the model was trained with"
         )

@@ -3,6 +3,7 @@
 Everything that can be wrong with them is found here, before anything is compiled.
 """
 
+import dataclasses
 import numbers
 import operator
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mamba.model import Mamba
-from mamba.text.prompt import encode_prompts, upcast_on_cpu
+from mamba.text.prompt import encode_prompts, list_prompts, upcast_on_cpu
+from mamba.text.sampling import Sampling
 from mamba.text.state import TextState
 from mamba.text.writer import TextWriter
 
@@ -28,8 +30,12 @@ class Request(NamedTuple):
 
     model: Mamba  # with the dtype that the backend computes in
     params: Mapping  # in that dtype
-    ids: list[list[int]]  # of each prompt, b lists
-    state: TextState  # b rows, from which they are read
+    sampling: Sampling  # how tokens are drawn
+    prompts: list  # as given, one for each of b rows
+    one: bool  # whether one prompt was given, to be continued once
+    ids: list[list[int]]  # of each prompt; copies of a prompt share theirs
+    copies: int  # how many rows continue a prompt
+    state: TextState  # one row for each prompt, from which they are read
     keys: jax.Array  # (b,) random keys
     limit: int  # the model and the tokenizer have the token ids 0 … limit − 1
     n: int  # tokens to draw
@@ -38,24 +44,38 @@ class Request(NamedTuple):
     writers: list[TextWriter]  # one per row
 
 
-def prepare(model, key, params, tokenizer, prompts, n, eos_token_id, stop, state):
+def prepare(model, key, params, tokenizer, prompt, n, sampling, eos_token_id, stop, state, copies):
     """Check the arguments of ``generate`` or ``stream`` -> Request.
 
-    Args: as theirs. ``prompts`` is a list, and n is ``n_tokens_to_gen``.
+    Args: as theirs. n is ``n_tokens_to_gen``, and copies is ``num_return_sequences``.
     Raises: as theirs.
     """
-    n, stop = _check_count(n), _check_stop(stop)
+    n, copies = _check_count("n_tokens_to_gen", n), _check_count("num_return_sequences", copies)
+    if copies > 1 and sampling.greedy:
+        raise ValueError(f"temperature = 0 gives one text, not num_return_sequences = {copies}")
+    stop, (prompts, one) = _check_stop(stop), list_prompts(prompt)
     tokenizer, ids, state = encode_prompts(model, params, tokenizer, prompts, state)
+    if stop and tokenizer is None:
+        raise ValueError("a stop string is searched for in the text: give the tokenizer")
     ends = _check_ends(eos_token_id, model.config.padded_vocab_size)
     model, params = upcast_on_cpu(model, params)
     contexts = [[last] if last >= 0 else [] for last in state.last.tolist()]  # what ids follow
+    limit = model.config.vocab_size
+    if tokenizer is not None:
+        limit = min(limit, max(tokenizer.get_vocab().values()) + 1)
+    if sampling.top_k is not None and sampling.top_k >= limit:
+        sampling = dataclasses.replace(sampling, top_k=None)
     return Request(
         model=model,
         params=params,
+        sampling=sampling,
+        prompts=[prompt for prompt in prompts for _ in range(copies)],
+        one=one and copies == 1,
         ids=ids,
+        copies=copies,
         state=state,
-        keys=_row_keys(key, len(ids)),
-        limit=min(model.config.vocab_size, max(tokenizer.get_vocab().values()) + 1),
+        keys=_row_keys(key, len(ids) * copies),
+        limit=limit,
         n=n,
         # Stop strings are searched for in the text, which is made outside the compiled loop.
         at_once=STOP_CHECK_EVERY if stop else n,
@@ -63,6 +83,7 @@ def prepare(model, key, params, tokenizer, prompts, n, eos_token_id, stop, state
         writers=[
             TextWriter(tokenizer, context + row, ends, stop)
             for context, row in zip(contexts, ids, strict=True)
+            for _ in range(copies)
         ],
     )
 
@@ -84,18 +105,18 @@ def explain_not_finite(request):
     )
 
 
-def _check_count(n):
-    """The number of tokens as an int."""
+def _check_count(name, n):
+    """The number of tokens, or of texts, as an int."""
     try:
         if isinstance(n, bool):
             raise TypeError
         n = operator.index(n)
     except TypeError:
-        raise TypeError(f"n_tokens_to_gen must be an integer, got {n!r}") from None
+        raise TypeError(f"{name} must be an integer, got {n!r}") from None
     if n < 1:
-        raise ValueError(f"n_tokens_to_gen must be at least 1, got {n}")
+        raise ValueError(f"{name} must be at least 1, got {n}")
     if n >= 2**31:
-        raise ValueError(f"n_tokens_to_gen must be below 2^31, got {n}")
+        raise ValueError(f"{name} must be below 2^31, got {n}")
     return n
 
 

@@ -5,8 +5,15 @@ a silent change, so both are left out here.
 """
 
 import copy
+import json
+import math
+import numbers
 
-__all__ = ["decode", "encode", "plain_tokenizer"]
+__all__ = ["check_ids", "decode", "encode", "growth", "plain_tokenizer"]
+
+USUAL_GROWTH = 16  # times longer a text may always become
+MOST_CHARACTERS = 2**22  # that a text may become by more
+DECODER_GROWTH = 256  # times longer a token's text may become
 
 
 def plain_tokenizer(tokenizer):
@@ -18,6 +25,7 @@ def plain_tokenizer(tokenizer):
 
     Raises:
         TypeError: it is no tokenizer.
+        ValueError: its decoder may make very much of a character.
     """
     tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if not all(hasattr(tokenizer, name) for name in ("encode", "decode", "get_vocab")):
@@ -28,7 +36,37 @@ def plain_tokenizer(tokenizer):
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.no_padding()
         tokenizer.no_truncation()
+    if growth(getattr(tokenizer, "decoder", None)) > DECODER_GROWTH:
+        raise ValueError(f"the tokenizer's decoder may turn one character into {DECODER_GROWTH}")
     return tokenizer
+
+
+def growth(part):
+    """How many characters a part of a tokenizer may make of one, or how many tokens of one.
+
+    Replacements that follow each other multiply: thirty that double fill any memory. What Unicode's
+    normal forms add (18 times, once) is not counted.
+
+    part: a normalizer, decoder or post-processor of ``tokenizers``; for anything else 1.
+    """
+    try:
+        return _growth(json.loads(part.__getstate__()))
+    except Exception:  # None, or a part that is written in Python
+        return 1
+
+
+def _growth(part):
+    inner = [p for key in ("normalizers", "decoders", "processors") for p in part.get(key, ())]
+    if inner:
+        return math.prod(map(_growth, inner))
+    if part["type"] == "Replace":
+        added, taken = len(part["content"]), len(part["pattern"].get("String", ""))
+        return max(1, -(-added // taken)) if taken else 1 + added  # a pattern may match nothing
+    if part["type"] == "Prepend":
+        return 1 + len(part["prepend"])
+    if part["type"] == "TemplateProcessing":
+        return max(1, sum("Sequence" in piece for piece in part["single"]))
+    return 4 if part["type"] == "ByteLevel" else 1  # a character for each byte
 
 
 def encode(tokenizer, text, begins):
@@ -41,15 +79,32 @@ def encode(tokenizer, text, begins):
             default are added.
 
     Raises:
-        TypeError: the text is no str.
         ValueError: it is not text (bytes of another encoding), or the tokenizer cannot encode it.
     """
-    if not isinstance(text, str):
-        raise TypeError(f"a prompt must be a str, got {type(text).__name__}")
     text.encode()  # raises for what is not text, and says where
+    times = growth(getattr(tokenizer, "normalizer", None))
+    times *= growth(getattr(tokenizer, "post_processor", None))
+    if times > USUAL_GROWTH and times * len(text) > MOST_CHARACTERS:
+        raise ValueError(
+            f"the tokenizer may turn this text of {len(text)} characters into {times * len(text)}"
+        )
     options = {} if begins else {"add_special_tokens": False}
     ids = _call("encode", tokenizer.encode, text, **options)
     return list(getattr(ids, "ids", ids))  # tokenizers' Encoding, or the list itself
+
+
+def check_ids(ids):
+    """The token ids of a prompt -> list of int. Raises TypeError for what is no list of integers.
+
+    ids: a list, a tuple or an array
+    """
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    if not isinstance(ids, list | tuple):
+        raise TypeError(f"a prompt must be a str or a list of token ids, got {type(ids).__name__}")
+    for id in ids:
+        if not isinstance(id, numbers.Integral) or isinstance(id, bool):
+            raise TypeError(f"a prompt of token ids must hold integers only, got {id!r}")
+    return [int(id) for id in ids]
 
 
 def decode(tokenizer, ids):

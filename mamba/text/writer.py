@@ -12,15 +12,17 @@ class TextWriter:
         writer.close()       ->  after the last token: the text that was held back
 
     What may still change or be cut off is held back: a character some of whose bytes are missing,
-    and an ending that a stop string may begin with. ``done`` is True once the text has ended, by
-    the end token, a stop string or ``close``; all further text is "".
+    and an ending that a stop string may begin with. Once the text has ended, ``ended_by`` names the
+    argument of ``generate`` that did it, "eos_token_id", "stop", or "n_tokens_to_gen" for
+    ``close``. Until then it is None. All further text is "". ``ids`` holds the tokens that were
+    written, up to the end token or to the token that completes a stop string.
 
     Several stop strings: the one that is complete first counts, and of those that end together the
     longest. So the text does not depend on how it is split into tokens. They are searched for in
     what is written only, not across the border to the context.
 
     Args:
-        tokenizer: anything that decodes.
+        tokenizer: anything that decodes. None: all text is "", and only the tokens count.
         context: the ids before the first token, on which its text may depend.
         ends: the tokens that end the text, which they are no part of.
         stop: the strings that end the text, which they are no part of.
@@ -28,7 +30,7 @@ class TextWriter:
 
     def __init__(self, tokenizer, context=(), ends=(), stop=()):
         self.tokenizer, self.ends, self.stop = tokenizer, frozenset(ends), tuple(stop)
-        self.done = False
+        self.ids, self.ended_by = [], None
         self._held = ""  # text that may turn out to begin a stop string
         self._begin_window(list(context))
 
@@ -40,8 +42,9 @@ class TextWriter:
         """The text that is certain with this token -> str."""
         if self.done:
             return ""
+        self.ids.append(token)
         if token in self.ends:
-            return self.close()
+            return self.close("eos_token_id")
         self._window.append(token)
         text = self._decode(self._window)
         if text.endswith("\ufffd"):  # an unfinished character
@@ -50,17 +53,22 @@ class TextWriter:
         self._begin_window(self._window[self._n_shown :])
         return self._until_stop(new)
 
-    def close(self):
+    def close(self, ended_by="n_tokens_to_gen"):
         """The rest -> str. An unfinished character becomes what decoding makes of it."""
         if self.done:
             return ""
         text = self._until_stop(self._decode(self._window)[len(self._shown) :])
         if not self.done:
-            text, self.done = text + self._held, True
+            text, self.ended_by = text + self._held, ended_by
         return text
 
+    @property
+    def done(self):
+        """Whether the text has ended."""
+        return self.ended_by is not None
+
     def _decode(self, ids):
-        return decode(self.tokenizer, ids)
+        return "" if self.tokenizer is None else decode(self.tokenizer, ids)
 
     def _begin_window(self, ids):
         """Decode from these ids on, whose own text was shown."""
@@ -71,7 +79,7 @@ class TextWriter:
         text = self._held + new
         found = [(text.index(s) + len(s), text.index(s)) for s in self.stop if s in text]
         if found:
-            self.done = True
+            self.ended_by = "stop"
             return text[: min(found)[1]]
         longest = min(len(text), max(map(len, self.stop), default=1) - 1)
         for n in range(longest, 0, -1):

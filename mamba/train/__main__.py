@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 
+from mamba import __version__
 from mamba.model import Mamba
 from mamba.train.ablation import SELECTIVE
 from mamba.train.corpus import bits_per_byte, encode, read_texts, text_batches, train_tokenizer
@@ -233,6 +234,7 @@ def _parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    add("--version", action="version", version=f"jax-mamba {__version__}")
     add("task", choices=PRESETS, metavar="TASK", help=f"one of {', '.join(PRESETS)}")
     add(
         "--preset",

@@ -61,7 +61,7 @@ def test_every_file_stands_in_one_layer():
 
 def test_imports_go_down_or_stay_in_their_layer():
     depth = {name: i for i, names in enumerate(layers().values()) for name in names}
-    depth |= {"mamba.__init__": -1, "mamba.__main__": -1}
+    depth |= {"mamba.__init__": 0, "mamba.__main__": -1}  # train/ may import the public names
     up = [
         f"{name} imports {target}"
         for name, targets in IMPORTS.items()
@@ -78,7 +78,7 @@ def test_the_drawing_shows_real_imports_of_every_layer():
         (layer[name], layer[target])
         for name, targets in IMPORTS.items()
         for target in targets
-        if name in layer
+        if name in layer and target in layer
     }
     drawing = re.search(r"```mermaid\n(.+?)```", TEXT, flags=re.DOTALL)[1]
     drawn = set()

@@ -5,6 +5,7 @@ import tomllib
 
 import yaml
 
+from mamba import __version__
 from tests.helpers.book import CHAPTERS, CONFIG, REPOSITORY, ROOT
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -42,7 +43,10 @@ def test_the_hooks_before_a_commit_run_what_lint_runs():
 def test_the_citation_is_of_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert citation["version"] == project["version"]
+    assert project["dynamic"] == ["version"] and "version" not in project  # it is in one place
+    assert citation["version"] == __version__
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## (\S+)$", changes, re.MULTILINE)[1] == __version__
     assert citation["license"] == project["license"]
     assert citation["repository-code"] == REPOSITORY
     assert citation["url"] == CONFIG["html"]["baseurl"]

@@ -222,3 +222,36 @@ def test_the_content_is_on_disk_before_it_gets_the_name(tmp_path, monkeypatch):
         part.write_bytes(b"new")
         assert events == []
     assert events == ["sync file", "rename to file", "sync folder"]
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.bin"])
+def test_a_pipe_or_a_folder_is_not_opened(tmp_path, name):
+    path = tmp_path / name
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="a device, not a file"):
+        read_tensors(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(CheckpointError, match="a folder, not a file"):
+        read_tensors(path)
+
+
+def test_a_file_whose_name_says_another_format(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    write_tensors(path, {"a": np.zeros(3)})
+    with pytest.raises(CheckpointError, match="safetensors file: rename it to model.safetensors"):
+        read_tensors(path)
+    (tmp_path / "model.safetensors").write_bytes((BINS / "module.bin").read_bytes())
+    with pytest.raises(CheckpointError, match="PyTorch's format: rename it to pytorch_model.bin"):
+        read_tensors(tmp_path / "model.safetensors")
+
+
+def test_a_link_in_the_place_of_the_part_is_not_followed(tmp_path):
+    """In a folder that others write to, it could lead to any file of the user's."""
+    (tmp_path / "precious").write_bytes(b"precious")
+    (tmp_path / "a.safetensors.part").symlink_to(tmp_path / "precious")
+    with write_atomically(tmp_path / "a.safetensors") as part:
+        write_tensors(part, {"a": np.zeros(3)})
+    assert (tmp_path / "precious").read_bytes() == b"precious"
+    assert not (tmp_path / "a.safetensors").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "precious"]

@@ -1,6 +1,8 @@
 """Where checkpoints and tokenizers come from: folders and the hub, and what goes wrong there."""
 
 import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -194,3 +196,27 @@ def test_the_hub(tmp_path):
     ]
     check(cases, outcomes(cases, gone))
     check(cases, outcomes(cases, gone, HF_HUB_OFFLINE="1"))
+
+
+def test_a_network_that_does_not_answer(tmp_path):
+    """One error, after one try: the hub's library alone would try again for minutes."""
+    code = HUB.replace("lambda seconds: None", "None  # calling it fails")
+    calls = json.dumps([("from_pretrained", "org/new", None), ("load_tokenizer", "org/new", None)])
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes what is sent, and says nothing
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        swallowed = run_python(code, calls, tmp_path, HF_ENDPOINT=url, HF_HUB_ETAG_TIMEOUT="1")
+    refused = run_python(code, calls, tmp_path, HF_ENDPOINT=url)
+    for kind, message in swallowed + refused:
+        assert kind == "ConnectionError" and "org/new: there is no such folder" in message
+        assert "\n" not in message and "give a local folder" in message
+    assert all("no answer within 1 s" in m or "timed out" in m for _, m in swallowed)
+
+
+def test_what_is_no_file_says_so(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").mkdir()
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    held = r"holds config.json, model.safetensors/ \(a folder\), pipe.safetensors \(no file\)"
+    with pytest.raises(FileNotFoundError, match=held):
+        Mamba.from_pretrained(tmp_path)

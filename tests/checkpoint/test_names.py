@@ -342,15 +342,21 @@ def test_an_unusual_eps_is_written_and_the_usual_one_is_not(tmp_path):
         assert ("norm_epsilon" in json.loads((tmp_path / "config.json").read_text())) is expected
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "mamba2, all"])
-def test_what_is_written_is_json(tmp_path, name):
-    """Infinity, the usual upper limit of the time steps, is not: only Python reads it."""
-    write_config(tmp_path / "config.json", CONFIGS[name])
+@pytest.mark.parametrize("naming", [None, "transformers"])
+@pytest.mark.parametrize("name", ["defaults", "falcon", "mamba2", "mamba2, a lower limit"])
+def test_what_is_written_is_json(tmp_path, name, naming):
+    """Infinity, the usual upper limit of the time steps, is not: only Python reads that word."""
+    lower = dataclasses.replace(CONFIGS["mamba2"], dt_limit=(0.01, float("inf")))
+    config = (CONFIGS | {"mamba2, a lower limit": lower})[name]
+    path = tmp_path / "config.json"
+    write_config(path, config, naming)
 
     def refuse(constant):
         raise AssertionError(constant)
 
-    json.loads((tmp_path / "config.json").read_text(), parse_constant=refuse)
+    json.loads(path.read_text(), parse_constant=refuse)
+    if isinstance(config, Mamba2Config):
+        assert read_config(path).dt_limit == config.dt_limit
 
 
 def test_falcon_mamba_is_written_with_its_padding(tmp_path):
@@ -372,3 +378,51 @@ def test_a_file_without_model_type_is_no_other_generation(tmp_path, key):
     path.write_text(json.dumps(data | {key: 1}))
     with pytest.raises(CheckpointError, match="has no model_type"):
         read_config(path)
+
+
+def test_a_mamba3_file_that_does_not_name_its_generation(tmp_path):
+    """Without ssm_cfg.layer it would be Mamba-1's: the error says what it looks like."""
+    path = tmp_path / "config.json"
+    write_config(path, CONFIGS["mamba3, all"])
+    data = json.loads(path.read_text())
+    del data["ssm_cfg"]["layer"]
+    path.write_text(json.dumps(data))
+    message = "unknown keys: .*ssm_cfg.is_mimo.* If this is Mamba-3, set ssm_cfg.layer to 'Mamba3'"
+    with pytest.raises(CheckpointError, match=message):
+        read_config(path)
+    path.write_text(json.dumps(data | {"speed": 1}))
+    with pytest.raises(CheckpointError, match="unknown keys: .*'speed'") as info:
+        read_config(path)
+    assert "If this is" not in str(info.value)  # no generation has this key
+
+
+@pytest.mark.parametrize(
+    ("name", "naming", "change", "message"),
+    [
+        ("mamba3", "original", {"model_type": "mamba"}, "model_type = 'mamba' is not .* Mamba-3"),
+        ("mamba2", "original", {"model_type": "mamba"}, "model_type = 'mamba' is not .* Mamba-2"),
+        ("defaults", "original", {"model_type": "mamba2"}, "'mamba2' is not .* in Mamba-1"),
+        ("defaults", "transformers", {"ssm_cfg": {"layer": "Mamba2"}}, "'Mamba2' is not supported"),
+        ("mamba2", "transformers", {"ssm_cfg": {"layer": "Mamba1"}}, "'Mamba1' is not supported"),
+    ],
+)
+def test_a_generation_named_twice_is_one(tmp_path, name, naming, change, message):
+    with pytest.raises(CheckpointError, match=message):
+        config_of(tmp_path, naming, CONFIGS[name], **change)
+
+
+def test_a_generation_named_twice_alike(tmp_path):
+    for i, (name, kind) in enumerate([("mamba3", "mamba3"), ("mamba2", "mamba2")]):
+        config = CONFIGS[name]
+        assert config_of(tmp_path / str(i), "original", config, model_type=kind) == config
+
+
+@pytest.mark.parametrize("none", [0, None])
+def test_what_a_mamba3_file_lacks(tmp_path, none):
+    path = tmp_path / "config.json"
+    write_config(path, CONFIGS["mamba3"])
+    data = json.loads(path.read_text()) | {"d_intermediate": none}
+    data["ssm_cfg"]["rope_fraction"] = none
+    path.write_text(json.dumps(data))
+    expected = dataclasses.replace(CONFIGS["mamba3"], d_intermediate=0, rope_fraction=0)
+    assert read_config(path) == expected

@@ -1,5 +1,7 @@
 """Parameters become a checkpoint, whatever happens meanwhile."""
 
+import dataclasses
+import json
 import os
 import shutil
 import stat
@@ -15,7 +17,15 @@ from safetensors.numpy import load_file
 from mamba import Mamba, MambaConfig
 from mamba.checkpoint import save
 from mamba.checkpoint.names import tensor_table
-from tests.helpers.checkpoints import CONFIGS, TINY, assert_same_bits, random_model, write_folder
+from tests.helpers.checkpoints import (
+    CONFIGS,
+    IN_TRANSFORMERS,
+    TINY,
+    assert_same_bits,
+    random_model,
+    transformers_config,
+    write_folder,
+)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -54,6 +64,63 @@ def test_saved_in_the_original_naming(tmp_path):
     assert "lm_head.weight" not in arrays
     conv = arrays["backbone.layers.0.mixer.conv1d.weight"]
     np.testing.assert_array_equal(conv[:, 0, :].T, params["layers_0"]["mixer"]["conv1d"]["kernel"])
+
+
+@pytest.mark.parametrize("name", IN_TRANSFORMERS)
+def test_saved_in_transformers_naming(tmp_path, name):
+    """The same parameters come back; the vocabulary then counts its padding, as theirs does."""
+    model, params = random_model(CONFIGS[name])
+    model.save_pretrained(params, tmp_path, naming="transformers")
+    data = json.loads((tmp_path / "config.json").read_text())
+    expected = transformers_config(model.config)
+    optional = {"residual_in_fp32", "initializer_range", "norm_before_gate"}
+    expected = {key: v for key, v in expected.items() if key not in optional}
+    if "time_step_rank" in expected and model.config.dt_rank is None:
+        expected["time_step_rank"] = "auto"
+    expected = json.loads(json.dumps(expected))
+    assert {key: data[key] for key in expected} == expected
+    again, read = Mamba.from_pretrained(tmp_path)
+    assert again.config.padded_vocab_size == model.config.padded_vocab_size
+    assert type(again.config) is type(model.config)
+    assert_same_bits(read, params)
+    assert "backbone.embeddings.weight" in load_file(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "naming", "message"),
+    [
+        ("mamba3", "transformers", "the transformers naming has no Mamba-3"),
+        ("falcon", "original", "the original naming has no Falcon-Mamba"),
+        ("defaults", "hf", "naming must be one of 'original', 'transformers', got 'hf'"),
+    ],
+)
+def test_a_naming_that_does_not_have_the_model(tmp_path, name, naming, message):
+    model, params = random_model(CONFIGS[name])
+    with pytest.raises(ValueError, match=message):
+        model.save_pretrained(params, tmp_path / "folder", naming=naming)
+    assert not (tmp_path / "folder").exists()
+
+
+def test_float32_parameters_of_a_bfloat16_model(tmp_path):
+    """They are written as they are; the dtype given when reading decides whether to round."""
+    model, params = random_model(dataclasses.replace(TINY, dtype=jnp.bfloat16))
+    model.save_pretrained(params, tmp_path)
+    assert_same_bits(Mamba.from_pretrained(tmp_path)[1], params)
+    rounded = Mamba.from_pretrained(tmp_path, dtype=jnp.bfloat16)[1]
+    kernel = rounded["layers_0"]["mixer"]["in_proj"]["kernel"]
+    assert kernel.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(
+        kernel, params["layers_0"]["mixer"]["in_proj"]["kernel"].astype(jnp.bfloat16)
+    )
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_folder_in_the_place_of_a_file(tmp_path, name):
+    model, params = random_model(TINY)
+    (tmp_path / name).mkdir()
+    with pytest.raises(IsADirectoryError, match=f"{name} is a folder: save into another one"):
+        model.save_pretrained(params, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_saved_files_are_readable_by_those_whom_the_umask_allows(tmp_path):

@@ -245,7 +245,7 @@ SMALL = {"d_model": 8, "n_layer": 1, "vocab_size": 33, "d_state": 3}
 BASE = {
     MambaConfig: MambaConfig(**SMALL),
     Mamba2Config: Mamba2Config(**SMALL, head_dim=4),
-    Mamba3Config: Mamba3Config(**SMALL, head_dim=4, is_mimo=True),
+    Mamba3Config: Mamba3Config(**SMALL | {"d_state": 4}, head_dim=4, is_mimo=True),
 }
 OTHER = {  # fields that do not change the shape of any parameter
     "dt_min": 0.01,

@@ -141,6 +141,7 @@ def transformers_config(config):
     data["time_step_rank"] = config.rank
     if config.select_norm_eps is not None:
         data |= {"model_type": "falcon_mamba", "mixer_rms_eps": config.select_norm_eps}
+        data["architectures"] = ["FalconMambaForCausalLM"]
     return data
 
 

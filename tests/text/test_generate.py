@@ -89,17 +89,17 @@ def generated_ids(monkeypatch, arguments, **changes):
     class Spy(TextWriter):
         def __init__(self, *args):
             super().__init__(*args)
-            self.ids = []
+            self.drawn = []
             writers.append(self)
 
         def write(self, token):
-            self.ids.append(token)
+            self.drawn.append(token)  # also after the text has ended
             return super().write(token)
 
     with monkeypatch.context() as patch:
         patch.setattr("mamba.text.request.TextWriter", Spy)
         generate(**(arguments | changes))
-    return [writer.ids for writer in writers]
+    return [writer.drawn for writer in writers]
 
 
 PROMPTS = [
@@ -283,9 +283,9 @@ def test_a_prompt_that_fills_its_padded_length(arguments, monkeypatch):
     [
         ({"prompt": ""}, ValueError, "the prompt '' has no tokens"),
         ({"prompt": ["a", ""]}, ValueError, "the prompt '' has no tokens"),
-        ({"prompt": []}, ValueError, "non-empty list of str, got \\[\\]"),
-        ({"prompt": None}, ValueError, "prompt must be a str or a non-empty list of str, got None"),
-        ({"prompt": ["a", 3]}, TypeError, "a prompt must be a str, got int"),
+        ({"prompt": []}, ValueError, "non-empty list of such, got \\[\\]"),
+        ({"prompt": None}, ValueError, "must be a str, a list of token ids, or .* got None"),
+        ({"prompt": ["a", 3]}, TypeError, "a prompt must be a str or a list of token ids, got int"),
         ({"prompt": "a\udcff"}, ValueError, "surrogates not allowed"),
         ({"n_tokens_to_gen": 0}, ValueError, "n_tokens_to_gen must be at least 1, got 0"),
         ({"n_tokens_to_gen": True}, TypeError, "n_tokens_to_gen must be an integer, got True"),
@@ -372,7 +372,7 @@ def test_several_end_tokens(arguments, monkeypatch):
 
 
 def test_stream_takes_one_prompt(arguments):
-    with pytest.raises(TypeError, match="one prompt, a str, got list"):
+    with pytest.raises(TypeError, match="one prompt, a str or its token ids, got several"):
         stream(**(arguments | {"prompt": ["def"]}))
 
 
@@ -384,7 +384,7 @@ def test_whole_variables_instead_of_parameters(arguments):
 def test_a_tokenizer_that_does_not_fit(arguments):
     model, params = make_indifferent_model(100)
     with pytest.raises(
-        ValueError, match=r"token ids up to \d+, but the model's vocabulary is 0 … 99"
+        ValueError, match=r"token ids from \d+ to \d+, but the model's vocabulary is 0 … 99"
     ):
         generate(prompt="日本", **(arguments | {"model": model, "params": params}))
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from tokenizers import Tokenizer
 
-from mamba.text.tokens import decode, encode, plain_tokenizer
+from mamba.text.tokens import decode, encode, growth, plain_tokenizer
 
 TEXT = "def main():\n    return 1"
 
@@ -62,6 +62,47 @@ def test_a_panic_is_an_error_of_one_line(tokenizer, capfd):
     hostile = spoiled(tokenizer, pre_tokenizer=split | {"pattern": {"Regex": "(a+)+$"}})
     with pytest.raises(ValueError, match="^the tokenizer cannot encode this: .*Regex search error"):
         encode(hostile, "a" * 40 + "b", True)
+
+
+def doubling(times, kind="Replace"):
+    replace = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    key = "decoders" if kind == "decoder" else "normalizers"
+    return {"type": "Sequence", key: [replace] * times}
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        (doubling(10), 2**10),
+        ({"type": "Replace", "pattern": {"Regex": "x*"}, "content": "abc"}, 4),
+        ({"type": "Replace", "pattern": {"String": "abcd"}, "content": "abc"}, 1),
+        ({"type": "Prepend", "prepend": "▁"}, 2),
+        ({"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Lowercase"}]}, 1),
+        (None, 1),
+    ],
+)
+def test_growth_is_what_a_normalizer_may_do(tokenizer, part, expected):
+    changed = spoiled(tokenizer, normalizer=part)
+    assert growth(changed.normalizer) == expected
+    if part and "Regex" not in str(part):
+        assert len(changed.normalizer.normalize_str("a" * 50)) <= 50 * expected
+
+
+def test_growth_of_a_tokenizer_is_bounded(tokenizer):
+    """Thirty replacements that double would make a gigabyte of one character."""
+    for times in (30, 1000):
+        hostile = plain_tokenizer(spoiled(tokenizer, normalizer=doubling(times)))
+        with pytest.raises(ValueError, match="^the tokenizer may turn this text of 1 characters"):
+            encode(hostile, "a", True)
+    with pytest.raises(ValueError, match="decoder may turn one character into 256"):
+        plain_tokenizer(spoiled(tokenizer, decoder=doubling(30, "decoder")))
+    some = plain_tokenizer(spoiled(tokenizer, normalizer=doubling(3)))
+    assert len(encode(some, "a" * 100, True)) == 800
+    repeat = {"type": "TemplateProcessing", "pair": [], "special_tokens": {}}
+    repeat["single"] = [{"Sequence": {"id": "A", "type_id": 0}}] * 10**5
+    hostile = plain_tokenizer(spoiled(tokenizer, post_processor=repeat))
+    with pytest.raises(ValueError, match="may turn this text of 100 characters into 10000000"):
+        encode(hostile, "a" * 100, True)
 
 
 def test_interrupts_pass():
