@@ -111,7 +111,7 @@ def selective_scan(
         if method == "pallas":
             from mamba.pallas import pallas_scan  # imports Pallas, which only this method needs
 
-            y, h = pallas_scan(x, delta, A, B, C, D, z, h0, resets)  # (b, l, d), (b, n, d)
+            y, h = pallas_scan(x, delta, A, B, C, D, z, h0, resets, tree=tree)
         elif method == "associative":
             y, h = associative(x, delta, A, B, C, h0, resets)  # (b, l, d), (b, n, d)
         else:
