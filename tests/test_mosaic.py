@@ -143,9 +143,7 @@ def test_without_triton_the_gradient_starts_from_what_the_kernel_kept(pallas_sca
         return pullback((jnp.ones_like(y), jnp.ones_like(h)))
 
     text = lowered_for("cuda", gradients, *shapes(*shape)[:8])
-    assert (
-        text.count("custom_call @mosaic_gpu") == 2
-    )  # again, for the gate
+    assert text.count("custom_call @mosaic_gpu") == 2  # again, for the gate
     assert f"tensor<{b}x{l // CHUNK}x{n}x{d}xf32>" in text
     assert f"tensor<{b}x{l}x{n}x{d}xf32>" not in text
 
