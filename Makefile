@@ -5,6 +5,7 @@ PORT ?= 8000
 ARGS ?=
 VERSIONS ?= newest
 RECORDS ?=
+ACCELERATOR ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -12,13 +13,15 @@ PARITY := .venv/.installed-parity
 FUZZ := .venv/.installed-fuzz
 BROWSER := .venv/.installed-browser
 DIST := .venv/.installed-dist
+# They need an accelerator, and recorded files.
+BENCH_APART := benchmarks/accelerator.py benchmarks/kernel_records.py
 
 # The outputs in the notebooks are a CPU's.
 export JAX_PLATFORMS ?= cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help book serve free-port test test-core browser colab versions badges parity network-test fuzz
-.PHONY: kernel-records portability bench dist chapter api format lint clean
+.PHONY: kernel-records portability bench accelerator dist chapter api format lint clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -77,9 +80,14 @@ versions: ## the tests with the newest packages, or the oldest admitted ones (VE
 badges: ## a badge per chapter, from what make versions found
 	.venv-$(VERSIONS)/bin/python scripts/badges.py _build/$(VERSIONS).xml _build/badges
 
-bench: $(INSTALLED) ## run the benchmarks (but kernel_records.py, which needs a folder)
-	@set -e; for file in $(filter-out %/kernel_records.py,$(wildcard benchmarks/[a-z]*.py)); do \
+bench: $(INSTALLED) ## run the benchmarks of this machine's CPU
+	@set -e; for file in $(filter-out $(BENCH_APART),$(wildcard benchmarks/[a-z]*.py)); do \
 		echo "$$file"; $(BIN)/python "$$file" $(ARGS); done
+
+accelerator: $(INSTALLED) ## check and measure a GPU or TPU, ten minutes (ACCELERATOR=cuda12, cuda13, tpu)
+	@test -z "$(ACCELERATOR)" || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		"jax[$(ACCELERATOR)]" -c constraints.txt
+	JAX_PLATFORMS= $(BIN)/python benchmarks/accelerator.py $(ARGS)
 
 dist: $(DIST) ## build the wheel and the sdist that a release uploads, and check them
 	rm -rf dist build

@@ -1,6 +1,6 @@
 """What several benchmarks measure alike: the best of several times, a model, a fresh process."""
 
-import functools
+import argparse
 import json
 import os
 import subprocess
@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+from _report import FOLDERS, ROOT, head, load_average, record
 
-ROOT = Path(__file__).resolve().parents[1]
 PREFILL, PROMPT, TOKENS = 512, 8, 40
 SECONDS = 1.0  # for the calls of one point
 
@@ -32,8 +32,11 @@ def best(function):
     }
 
 
-def measure_model(config):
-    """Prefill and greedy decoding of a model with random weights -> dict of seconds."""
+def measure_model(config, reading=None):
+    """Prefill and greedy decoding of a model with random weights -> dict of seconds.
+
+    reading: bytes per second; measured here if it is not known.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -48,19 +51,17 @@ def measure_model(config):
         state = model.initial_state(1)
         return model.apply({"params": params}, tokens, state, method="last_logits")
 
-    @functools.partial(jax.jit, static_argnums=2)
-    def write(params, tokens, n):
-        logits, state = read(params, tokens)
-
-        def step(carry, _):
+    @jax.jit
+    def write(params, read, n):
+        def step(_, carry):
             logits, state = carry
             token = logits.argmax(-1)[:, None]  # (1, 1)
-            return model.apply({"params": params}, token, state, method="last_logits"), token
+            return model.apply({"params": params}, token, state, method="last_logits")
 
-        return jax.lax.scan(step, (logits, state), None, n)[1]
+        return jax.lax.fori_loop(0, n, step, read)
 
     prefill = best(lambda: jax.block_until_ready(read(params, tokens)))["min_ms"] / 1e3
-    start = jnp.asarray(tokens[:, :PROMPT])
+    start = read(params, jnp.asarray(tokens[:, :PROMPT]))
     times = [
         best(lambda n=n: jax.block_until_ready(write(params, start, n)))["min_ms"] / 1e3
         for n in (1, 1 + TOKENS)
@@ -69,7 +70,7 @@ def measure_model(config):
     weights, state = (
         sum(v.nbytes for v in jax.tree.leaves(tree)) for tree in (params, model.initial_state(1))
     )
-    reading = read_bytes_per_s()
+    reading = reading or read_bytes_per_s()
     return {
         "prefill_s": round(prefill, 4),
         "decode_s": round(per_token, 5),
@@ -105,3 +106,41 @@ def in_child(script, name, *arguments):
     if done.returncode:
         raise RuntimeError(f"{name} {arguments}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_by_part(name, measure_all, full, quick, parts=()):
+    """The command of a benchmark that measures each point in a fresh process.
+
+    Args:
+        name: of the record.
+        measure_all: function of the sizes -> rows.
+        full: the sizes of a measurement.
+        quick: those of --quick, which writes nothing.
+        parts: what a row may be "of", if some can be measured alone; ``measure_all`` takes a list
+            of them before the sizes.
+    """
+    script = sys.modules["__main__"]
+    parser = argparse.ArgumentParser(description=script.__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes, writes nothing")
+    parser.add_argument("--note", default="", help="what else ran on the machine meanwhile")
+    if parts:
+        parser.add_argument(
+            "--of", nargs="+", default=parts, choices=parts, help="measure these; keep other rows"
+        )
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part:
+        function, *arguments = json.loads(args.part)
+        return print(json.dumps(getattr(script, function)(*arguments)))
+    before, results = load_average(), []
+    sizes = quick if args.quick else full
+    if parts and set(args.of) != set(parts):
+        recorded = json.loads((FOLDERS[0] / f"{name}.json").read_text(encoding="utf-8"))
+        results = [row for row in recorded["results"] if row["of"] not in args.of]
+    for row in measure_all(args.of, *sizes) if parts else measure_all(*sizes):
+        print(json.dumps(row), flush=True)
+        results.append(row)
+    if parts:
+        results.sort(key=lambda row: parts.index(row["of"]))
+    if not args.quick:
+        record(name, head(args.note, before), results)

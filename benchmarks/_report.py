@@ -2,6 +2,11 @@
 
 import json
 import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# Where a record goes: beside the benchmarks, and into what the chapters read.
+FOLDERS = [ROOT / path for path in ("benchmarks/results", "mamba_book/data")]
 
 
 def load_average():
@@ -9,7 +14,7 @@ def load_average():
     return round(os.getloadavg()[0], 1)
 
 
-def head(note, load_before):
+def head(note, load_before, device="CPU only; nothing here was measured on a GPU or TPU"):
     """Describe a measurement that ends now -> dict: machine, versions, command, note and load.
 
     note: what a reader of the results must know.   load_before: ``load_average()`` when it began.
@@ -18,7 +23,7 @@ def head(note, load_before):
     from mamba.train.results import describe_run
 
     return describe_run() | {
-        "device": "CPU only; nothing here was measured on a GPU or TPU",
+        "device": device,
         "note": note,
         "load_average_before_and_after": [load_before, load_average()],
     }
@@ -33,3 +38,9 @@ def write(path, report, results):
     rows = ",\n".join("  " + json.dumps(row) for row in results)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(top[:-2] + ',\n "results": [\n' + rows + "\n ]\n}\n", encoding="utf-8")
+
+
+def record(name, report, results):
+    """``write`` under a name such as "ssd": beside the benchmarks, and where chapters read it."""
+    for folder in FOLDERS:
+        write(folder / f"{name}.json", report, results)

@@ -14,21 +14,18 @@ chapter 11; and the last variant's model, seed 0, to mamba_book/data/selective_c
 import argparse
 import dataclasses
 import time
-from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _report import head, load_average, write
+from _report import ROOT, head, load_average, record
 
 from mamba import MambaConfig
 from mamba.mamba1 import MambaBlock
 from mamba.train.experiment import Preset, evaluate_at, run
 from mamba.train.presets import PRESETS
 
-ROOT = Path(__file__).resolve().parents[1]
-WRITTEN = [ROOT / path for path in ("benchmarks/results", "mamba_book/data")]
 SAVED = ROOT / "mamba_book/data/selective_copying_mamba2"
 SEEDS = range(5)
 TASK, SIZE = "selective-copying", "minute"
@@ -132,8 +129,7 @@ def main():
     if not args.quick:
         model, params = last
         model.save_pretrained(params, SAVED)
-        for folder in WRITTEN:
-            write(folder / "decays.json", head(args.note, load), results)
+        record("decays", head(args.note, load), results)
 
 
 if __name__ == "__main__":

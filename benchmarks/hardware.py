@@ -25,14 +25,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _report import head, load_average, write
+from _report import head, load_average, record
 from scan import plain, prepare_torch
 
 from mamba import selective_scan
 from mamba.scan import combine
 
-ROOT = Path(__file__).resolve().parents[1]
-WRITTEN = [ROOT / path for path in ("benchmarks/results", "mamba_book/data")]
 LAYER, QUICK = (1, 2048, 1536, 16), (1, 128, 64, 16)  # (b, l, d, n)
 STEPS, NUMBERS = 2**14, 256  # of the loop that has next to nothing to do, and its state
 SUMMARIZED = 64  # tokens in a chunk of the three-phase scan
@@ -222,8 +220,7 @@ def main():
     if args.quick:
         return
     report = head(args.note, load) | {"caches": cache_sizes()} | dict(zip("bldn", LAYER))
-    for folder in WRITTEN:
-        write(folder / "hardware.json", report, results)
+    record("hardware", report, results)
 
 
 if __name__ == "__main__":

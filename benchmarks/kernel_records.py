@@ -15,13 +15,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _report import head, load_average, write
+from _report import head, load_average, record
 
 from mamba.trapezoid import METHODS, trapezoidal_scan
 from mamba_book.kernel_records import WRONG, read_call, root_mean_square_error
-
-ROOT = Path(__file__).resolve().parents[1]
-WRITTEN = [ROOT / path for path in ("benchmarks/results", "mamba_book/data")]
 
 scan = jax.jit(trapezoidal_scan, static_argnames=("pairs", "method"))
 
@@ -68,8 +65,7 @@ def main():
     note = "outputs of the official kernels, recorded on a GPU by a third party, are the reference"
     report = head(note, before)
     report["command"] = "python benchmarks/kernel_records.py FOLDER"
-    for path in WRITTEN:
-        write(path / "kernel_records.json", report, results)
+    record("kernel_records", report, results)
 
 
 if __name__ == "__main__":

@@ -16,17 +16,13 @@ would need more than 6 GB or more than half a minute. Writes benchmarks/results/
 same to mamba_book/data for chapter 11.
 """
 
-import argparse
 import functools
 import importlib.util
-import json
 import time
 
 import numpy as np
-from _measure import PREFILL, PROMPT, ROOT, TOKENS, best, in_child, measure_model
-from _report import head, load_average, write
+from _measure import PREFILL, PROMPT, TOKENS, best, in_child, measure_model, run_by_part
 
-WRITTEN = [ROOT / path for path in ("benchmarks/results", "mamba_book/data")]
 LENGTHS = [64, 512, 2048, 8192, 65536]
 CHUNKS = [16, 32, 64, 128, 256]
 LENGTH = 2048
@@ -237,26 +233,10 @@ def measure_all(lengths, chunks, sizes, shape):
         )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes, writes nothing")
-    parser.add_argument("--note", default="", help="what else ran on the machine meanwhile")
-    parser.add_argument("--part", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.part:
-        name, *arguments = json.loads(args.part)
-        print(json.dumps(globals()[name](*arguments)))
-        return
-    load, results = load_average(), []
-    sizes, shape = (QUICK_SIZES, QUICK_SHAPE) if args.quick else (SIZES, SHAPE)
-    lengths, chunks = ([64], [16]) if args.quick else (LENGTHS, CHUNKS)
-    for row in measure_all(lengths, chunks, sizes, shape):
-        print(row, flush=True)
-        results.append(row)
-    if not args.quick:
-        for folder in WRITTEN:
-            write(folder / "ssd.json", head(args.note, load), results)
-
-
 if __name__ == "__main__":
-    main()
+    run_by_part(
+        "ssd",
+        measure_all,
+        full=(LENGTHS, CHUNKS, SIZES, SHAPE),
+        quick=([64], [16], QUICK_SIZES, QUICK_SHAPE),
+    )

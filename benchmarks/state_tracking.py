@@ -15,18 +15,15 @@ mamba_book/data for chapter 12.
 import argparse
 import dataclasses
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
-from _report import head, load_average, write
+from _report import FOLDERS, head, load_average, record
 
 from mamba.train.experiment import run
 from mamba.train.metrics import evaluate
 from mamba.train.presets import PRESETS
 
-ROOT = Path(__file__).resolve().parents[1]
-WRITTEN = [ROOT / path for path in ("benchmarks/results", "mamba_book/data")]
 TASKS = ("parity", "modular-addition", "permutations")
 LENGTHS = (40, 160, 256, 512, 1024, 4096)
 LONGEST = 16384  # for Mamba-3 and parity, too
@@ -90,7 +87,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="few steps, writes nothing")
     parser.add_argument("--note", default="", help="what else ran on the machine meanwhile")
     args = parser.parse_args()
-    load, done = load_average(), WRITTEN[0] / "state_tracking.json"
+    load, done = load_average(), FOLDERS[0] / "state_tracking.json"
     earlier = {"results": [], "settings": {}}
     if done.exists() and not args.quick:
         earlier = json.loads(done.read_text(encoding="utf-8"))
@@ -110,9 +107,7 @@ def main():
                 if args.quick:
                     continue
                 results.sort(key=lambda r: (TASKS.index(r["task"]), r["variant"], r["seed"]))
-                for folder in WRITTEN:
-                    report = head(args.note, load) | {"settings": of}
-                    write(folder / "state_tracking.json", report, results)
+                record("state_tracking", head(args.note, load) | {"settings": of}, results)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,11 @@ Each point is measured in a fresh process. Writes benchmarks/results/trapezoid.j
 mamba_book/data for chapter 12.
 """
 
-import argparse
 import functools
-import json
 
 import numpy as np
-from _measure import ROOT, best, in_child, measure_model
-from _report import head, load_average, write
+from _measure import best, in_child, measure_model, run_by_part
 
-WRITTEN = [ROOT / path for path in ("benchmarks/results", "mamba_book/data")]
 LENGTH, LENGTHS, CHUNKS, RANKS = 2048, [512, 2048, 8192], [8, 16, 32, 64, 128], [1, 2, 4, 8, 16]
 SIZES = {"h": 24, "p": 64, "n": 128, "s": 32}  # one layer of the 187m shape
 SHAPE = {"d_model": 768, "n_layer": 12, "vocab_size": 128256}
@@ -129,32 +125,11 @@ def measure(parts, lengths, chunks, sizes, shape):
             yield {"of": "model", "way": name} | quicker
 
 
-def main():
-    """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes, writes nothing")
-    parser.add_argument("--note", default="", help="what else ran on the machine meanwhile")
-    parser.add_argument(
-        "--of", nargs="+", default=PARTS, choices=PARTS, help="measure these; keep the other rows"
-    )
-    parser.add_argument("--part", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.part:
-        name, *arguments = json.loads(args.part)
-        return print(json.dumps(globals()[name](*arguments)))
-    before, results = load_average(), []
-    if set(args.of) != set(PARTS):
-        recorded = json.loads((WRITTEN[0] / "trapezoid.json").read_text(encoding="utf-8"))
-        results = [row for row in recorded["results"] if row["of"] not in args.of]
-    sizes = ([64], [16], QUICK_SIZES, QUICK_SHAPE | {"vocab_size": 99})
-    for row in measure(args.of, *sizes if args.quick else (LENGTHS, CHUNKS, SIZES, SHAPE)):
-        print(json.dumps(row), flush=True)
-        results.append(row)
-    results.sort(key=lambda row: PARTS.index(row["of"]))
-    if not args.quick:
-        for path in WRITTEN:
-            write(path / "trapezoid.json", head(args.note, before), results)
-
-
 if __name__ == "__main__":
-    main()
+    run_by_part(
+        "trapezoid",
+        measure,
+        full=(LENGTHS, CHUNKS, SIZES, SHAPE),
+        quick=([64], [16], QUICK_SIZES, QUICK_SHAPE | {"vocab_size": 99}),
+        parts=PARTS,
+    )

@@ -35,11 +35,15 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.experimental.pallas import triton as plgpu
 
 from mamba.checks import check_axes, check_shapes
 from mamba.collectives import announced
 from mamba.kernels import CHUNK, backward_kernel, forward_kernel
+
+try:
+    from jax.experimental.pallas import triton
+except ImportError:  # deprecated since JAX 0.11; without it, a GPU's kernel is mamba.mosaic's
+    triton = None
 
 __all__ = ["GPU", "TPU", "Tiles", "pallas_scan"]
 
@@ -56,14 +60,14 @@ class Tiles(NamedTuple):
 
 # One warp holds (n, 32): no sum over n or over the channels waits for another warp. Wider tiles
 # would spill the CHUNK states of the backward pass; narrower ones repeat each token's work more.
-GPU = Tiles(32, None, plgpu.CompilerParams(num_warps=1, num_stages=1))
+GPU = Tiles(32, None, triton and triton.CompilerParams(num_warps=1, num_stages=1))
 # At n = 16 a backward tile takes 2.7 MB of vector memory, twice that with the next one under way.
 TPU = Tiles(
     512, 128, pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 )
 
 
-def pallas_scan(x, delta, A, B, C, D, z, h0, resets, interpret=None):
+def pallas_scan(x, delta, A, B, C, D, z, h0, resets, interpret=None, tree=None):
     """Run the recurrence above over a sequence in one kernel, and its gradient in another.
 
     Args, all float32:
@@ -116,7 +120,7 @@ def pallas_scan(x, delta, A, B, C, D, z, h0, resets, interpret=None):
         keep = 1.0 - pad(resets, 0, tokens).astype(jnp.float32)  # (b, l)
         keep = jnp.broadcast_to(keep[..., None], B.shape)
 
-    y, h = _scan(interpret, x, delta, A, B, C, D, z, keep, h0)
+    y, h = _scan(interpret, tree, x, delta, A, B, C, D, z, keep, h0)
     return y[:, :l, :d], h[:, :n, :d]
 
 
@@ -198,15 +202,18 @@ def _backward(x, delta, A, B, C, D, z, keep, starts, dy, dh, *, tiles, interpret
 # --- the platform, and the gradient -------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _dispatch(function, interpret, *args):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _dispatch(function, on_mosaic, interpret, *args):
     """The function compiled for the platform that the program is lowered for, or interpreted."""
     interpreted = functools.partial(function, tiles=TPU, interpret=True)
     if interpret:
         return interpreted(*args)
-    gpu = functools.partial(function, tiles=GPU, interpret=False)
     branches = {"tpu": functools.partial(function, tiles=TPU, interpret=False)}
-    branches |= {"cuda": gpu, "rocm": gpu}
+    if triton:
+        gpu = functools.partial(function, tiles=GPU, interpret=False)
+        branches |= {"cuda": gpu, "rocm": gpu}
+    else:
+        branches["cuda"] = on_mosaic
     if interpret is None:
         branches["default"] = interpreted
     return jax.lax.platform_dependent(*args, **branches)
@@ -218,18 +225,32 @@ def _no_gradient(*_):  # reached only by the derivative of a derivative
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(interpret, *args):
-    return _dispatch(functools.partial(_forward, save=False), interpret, *args)[:2]
+def _run(interpret, save, args):
+    def on_mosaic(*args):
+        from mamba.mosaic import mosaic_forward  # not every JAX can import what it needs
+
+        return mosaic_forward(*args, save=save)
+
+    return _dispatch(functools.partial(_forward, save=save), on_mosaic, interpret, *args)
 
 
-def _scan_forward(interpret, *args):
-    y, h, starts = _dispatch(functools.partial(_forward, save=True), interpret, *args)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scan(interpret, tree, *args):
+    return _run(interpret, False, args)[:2]
+
+
+def _scan_forward(interpret, tree, *args):
+    y, h, starts = _run(interpret, True, args)
     return (y, h), (*args[:-1], starts)
 
 
-def _scan_backward(interpret, saved, cotangents):
-    *grads, dh0 = _dispatch(_backward, interpret, *saved, *cotangents)
+def _scan_backward(interpret, tree, saved, cotangents):
+    def on_mosaic(*args):
+        from mamba.mosaic import mosaic_backward
+
+        return mosaic_backward(*args, tree=tree)
+
+    *grads, dh0 = _dispatch(_backward, on_mosaic, interpret, *saved, *cotangents)
     return (*grads, None, dh0)  # None: `keep` has no gradient
 
 

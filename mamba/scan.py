@@ -23,6 +23,7 @@ __all__ = [
     "associative",
     "combine",
     "combine_segments",
+    "method_for",
     "one_step",
     "selective_scan",
     "tree",
@@ -30,6 +31,8 @@ __all__ = [
 
 CHUNKS = {"sequential": 16, "chunked": 64}  # T, tokens between two kept states
 METHODS = ("associative", *CHUNKS, "pallas")
+# platform: (the fastest method there at most points, the record of the measurement)
+FASTEST = {"cpu": ("sequential", "benchmarks/results/scan.json")}
 
 
 def selective_scan(
@@ -72,8 +75,8 @@ def selective_scan(
             "associative": one tree over the whole sequence, O(log l) deep. It holds several arrays
             of shape (b, l, d, n), and JAX differentiates it.
             "pallas": one kernel for a GPU or a TPU (``mamba.pallas``), interpreted elsewhere.
-            "auto": "sequential" on a CPU, the fastest there at every length and width that
-            ``benchmarks/scan.py`` measures; "chunked" elsewhere.
+            "auto": what was measured as the fastest on the platform, "sequential" on a CPU;
+            "chunked" where nothing was measured yet (``method_for``).
         chunk: T, the number of tokens between two kept states: 16 for "sequential", 64 for
             "chunked" by default. The other methods do not take it.
         return_state: also return the state after the last token.
@@ -115,7 +118,7 @@ def selective_scan(
         if method == "pallas":
             from mamba.pallas import pallas_scan  # imports Pallas, which only this method needs
 
-            y, h = pallas_scan(x, delta, A, B, C, D, z, h0, resets)  # (b, l, d), (b, n, d)
+            y, h = pallas_scan(x, delta, A, B, C, D, z, h0, resets, tree=tree)
         elif method == "associative":
             y, h = associative(x, delta, A, B, C, h0, resets)  # (b, l, d), (b, n, d)
         else:
@@ -200,10 +203,20 @@ def one_step(x, delta, A, B, C, h0, resets):
     return jnp.einsum("bdn,bln->bld", h, C), h
 
 
+def method_for(platform):
+    """The method that "auto" takes on a platform, and the record that says so.
+
+    platform: as ``jax.default_backend()`` names it: "cpu", "gpu", "tpu"
+    -> the method, and a file of the repository that measured it as the fastest; None: no such file
+    is there yet, and the method is the one with the lowest bound on its time (chapter 9).
+    """
+    return FASTEST.get(platform, ("chunked", None))
+
+
 def _choose(method, chunk):
     """The method that "auto" stands for, and T."""
     if method == "auto":
-        method = "sequential" if jax.default_backend() == "cpu" else "chunked"
+        method, _ = method_for(jax.default_backend())
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: expected 'auto' or one of {sorted(METHODS)}")
     if chunk is None:
