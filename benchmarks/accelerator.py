@@ -37,6 +37,7 @@ from _measure import measure_model, read_bytes_per_s
 from _report import head, load_average, record, write
 
 from mamba import Mamba2Config, Mamba3Config, MambaConfig, selective_scan
+from mamba.scan import method_for
 from mamba.ssd import ssd
 from mamba.trapezoid import trapezoidal_scan
 
@@ -335,9 +336,12 @@ def main():
         "device_memory_bytes": stats.get("bytes_limit"),
         "correct": not wrong,
         "fastest": fastest(rows),
+        "auto": method_for(device.platform),
         "minutes": round((time.monotonic() - start) / 60, 1),
     }
+    method, backing = report["auto"]
     print(f"{report['minutes']} minutes; the fastest method at most points: {report['fastest']}")
+    print(f"method='auto' takes {method!r} here, {'by ' + backing if backing else 'unmeasured'}")
     if args.out:
         write(args.out, report, rows)
     elif not args.quick:
