@@ -9,6 +9,7 @@ import pytest
 
 import mamba.scan
 from mamba.scan import FASTEST, METHODS, method_for
+from mamba_book import accelerators
 from tests.helpers.book import ROOT, load_script
 
 RECORDED = sorted((ROOT / "benchmarks" / "results" / "accelerator").glob("*.json"))
@@ -31,7 +32,7 @@ def test_the_kit_checks_measures_and_writes(kit, monkeypatch, tmp_path, capsys):
     rows = report["results"]
     assert report["correct"] and report["platform"] == "cpu" and "CPU only" not in report["device"]
     kinds = {row["of"] for row in rows}
-    assert kinds == {"check", "bandwidth", "scan", "model"}
+    assert kinds == {"check", "limits", "scan", "model"}
     scans = [row for row in rows if row["of"] == "scan"]
     assert {(r["method"], r["pass"]) for r in scans} == {
         (m, p) for m in METHODS for p in kit.PASSES
@@ -163,3 +164,52 @@ def test_auto_takes_what_the_rule_says(monkeypatch):
     one = np.ones((1, 3, 2), np.float32)
     with pytest.raises(ValueError, match="'associative' takes no chunk"):
         mamba.scan.selective_scan(one, one, -one[0, :2], one, one, one[0, 0], chunk=2)
+
+
+# --- what the pages make of a report ------------------------------------------------------------
+
+
+def report_of_two_methods():
+    point = {"of": "scan", "pass": "forward", "dtype": "float32", "b": 1, "d": 256, "n": 16}
+    rows = [{"of": "limits", "read": 1e12, "copy": 2e12, "exponentials": 3e12}]
+    for l in (512, 2048):
+        rows.append(point | {"l": l, "method": "pallas", "ms": 0.02, "of_limit": 0.5})
+        rows.append(point | {"l": l, "method": "associative", "ms": 2.0, "of_limit": 0.005})
+    rows.append(point | {"l": 8192, "method": "associative", "skipped": "memory"})
+    return {"device": "a GPU (gpu)", "results": rows}
+
+
+def test_the_roofline_has_the_measured_points():
+    from matplotlib.pyplot import subplots
+
+    fig, ax = subplots()
+    accelerators.draw_roofline(ax, report_of_two_methods())
+    roof, *dots = ax.lines
+    assert max(roof.get_ydata()) == 3000 and min(roof.get_ydata()) == pytest.approx(2.0)
+    assert len(dots) == 2 and len(ax.texts) == 2
+    kernel, tree = ((dot.get_xdata()[0], dot.get_ydata()[0]) for dot in dots)
+    assert kernel[0] == pytest.approx(1.0, rel=0.05)  # 16 exponentials for 16 bytes
+    assert tree[0] < kernel[0] / 50 and kernel[1] == pytest.approx(100 * tree[1])
+    assert kernel[1] == pytest.approx(2048 * 256 * 16 / 0.02e-3 / 1e9)
+
+
+def test_the_table_has_a_line_for_each_length():
+    lines = accelerators.table(report_of_two_methods()).splitlines()
+    assert lines[0] == "| tokens | pass | pallas | associative |"
+    assert lines[2:] == [
+        "| 512 | forward | 0.02 ms (50%) | 2 ms (0%) |",
+        "| 2,048 | forward | 0.02 ms (50%) | 2 ms (0%) |",
+        "| 8,192 | forward |  | memory |",
+    ]
+
+
+def test_the_record_of_the_cpu_has_the_same_form():
+    report = accelerators.cpu_report()
+    assert {r["method"] for r in accelerators.points(report)} >= set(METHODS) - {"pallas"}
+    assert "| 2,048 | forward |" in accelerators.table(report)
+
+
+def test_the_records_that_a_page_reads_are_those_of_the_benchmarks():
+    copies = ROOT / "mamba_book" / "data" / "accelerator"
+    assert [p.name for p in sorted(copies.glob("*.json"))] == [p.name for p in RECORDED]
+    assert accelerators.recorded() == [json.loads(p.read_text("utf-8")) for p in RECORDED]

@@ -3,7 +3,11 @@
 import numpy as np
 from scipy import stats
 
-from mamba_book.reference_models import in_bfloat16, random_params  # noqa: F401  # for tests
+from mamba_book.reference_models import (  # noqa: F401  # for tests
+    FLOAT32,
+    in_bfloat16,
+    random_params,
+)
 
 
 def assert_uniform(values, low, high):
