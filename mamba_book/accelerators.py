@@ -4,6 +4,7 @@ A report is the dict that the kit writes: the machine, and results, one row for 
 """
 
 import json
+import math
 from importlib.resources import files
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from mamba_book.figures import COLORS, METHODS
 
 __all__ = ["asked_bytes", "cpu_report", "draw_roofline", "points", "recorded", "table"]
 
-LOOKS = METHODS | {"pallas": COLORS["x"], "mosaic": COLORS["z"]}
+LOOKS = {"pallas": COLORS["x"], "mosaic": COLORS["z"]}
+LOOKS |= {name: METHODS[name] for name in ("associative", "chunked", "sequential")}
 ON_CHIP = 2**23  # bytes: what stays on the chip in the count of a method's bytes
 LENGTH = 2048  # of the points in the roofline
 
@@ -41,7 +43,7 @@ def cpu_report():
     rows = [
         {"of": "scan", "method": r["method"], "pass": r["pass"], "ms": r["min_ms"]} | shape
         for r in record["results"]
-        if r.get("method") in METHODS and r["choice"] == "method"
+        if r.get("method") in LOOKS and r["choice"] == "method"
     ]
     device = f"{record['processor']}, {record['cores']} cores"
     return record | {"device": device, "results": [{"of": "limits"} | rates, *rows]}
@@ -91,11 +93,10 @@ def draw_roofline(ax, report):
         ax.annotate(
             r["method"],
             (x, y),
-            xytext=(0, -9),
+            xytext=(9, 0),
             textcoords="offset points",
             color=LOOKS[r["method"]],
-            ha="center",
-            va="top",
+            va="center",
         )
     ax.set(
         xlabel="exponentials per byte asked for",
@@ -123,4 +124,5 @@ def _cell(row):
     if "ms" not in row:
         return row.get("skipped", "failed")
     share = f" ({row['of_limit']:.0%})" if "of_limit" in row else ""
-    return f"{row['ms']:.3g} ms{share}"
+    digits = max(0, 2 - math.floor(math.log10(row["ms"])))  # three in all
+    return f"{row['ms']:,.{digits}f} ms{share}"

@@ -197,8 +197,8 @@ def test_the_table_has_a_line_for_each_length():
     lines = accelerators.table(report_of_two_methods()).splitlines()
     assert lines[0] == "| tokens | pass | pallas | associative |"
     assert lines[2:] == [
-        "| 512 | forward | 0.02 ms (50%) | 2 ms (0%) |",
-        "| 2,048 | forward | 0.02 ms (50%) | 2 ms (0%) |",
+        "| 512 | forward | 0.0200 ms (50%) | 2.00 ms (0%) |",
+        "| 2,048 | forward | 0.0200 ms (50%) | 2.00 ms (0%) |",
         "| 8,192 | forward |  | memory |",
     ]
 
