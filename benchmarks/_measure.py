@@ -41,9 +41,11 @@ def measure_model(config, reading=None):
     import jax.numpy as jnp
 
     from mamba import Mamba
+    from mamba_book.reference_models import in_bfloat16
 
     model = Mamba(config)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = in_bfloat16(params) if config.dtype == jnp.bfloat16 else params
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, PREFILL), np.int32)
 
     @jax.jit

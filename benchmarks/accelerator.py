@@ -4,7 +4,8 @@
     python benchmarks/accelerator.py --quick    # small sizes on any machine: shows that it runs
 
 First whether the machine computes what the equations say (``_correct.py``); what does not is named,
-not measured, and the exit status is 1. Then how fast it reads and copies memory, and the time of
+not measured, and the exit status is 1. Then how fast it reads and copies memory and computes
+exponentials, and the time of
 selective_scan by every method at the width of the 130m model, with the gate: forward, and with
 gradients; beside it the least time in which the inputs could be read and the outputs written, and
 how many times as long "associative" takes. Then the scans of Mamba-2 and Mamba-3; prefill and
@@ -35,8 +36,10 @@ import jax.numpy as jnp
 from _correct import checks, mosaic_scan
 from _measure import measure_model, read_bytes_per_s
 from _report import head, load_average, record, write
+from hardware import exponentials
 
 from mamba import Mamba2Config, Mamba3Config, MambaConfig, selective_scan
+from mamba.scan import method_for
 from mamba.ssd import ssd
 from mamba.trapezoid import trapezoidal_scan
 
@@ -88,11 +91,21 @@ def milliseconds(function, inputs):
     return 1e3 * min(row(calls) for _ in range(ROWS))
 
 
-def bandwidth(quick):
-    """Bytes per second: of reading, and of a copy, whose bytes are read and written."""
+def limits(quick):
+    """Bytes per second, of reading and of a copy (which reads and writes); exponentials per second.
+
+    The exponentials are those of a scan, added up at once: nothing large is written.
+    """
     side = 2**12 if quick else 2**14
-    ms = milliseconds(lambda v: v + 1, [jnp.ones((side, side))])
-    return {"read": read_bytes_per_s(), "copy": round(2 * 4 * side**2 / (ms / 1e3))}
+    copy = milliseconds(lambda v: v + 1, [jnp.ones((side, side))])
+    l, d, n = (64, 64, 4) if quick else (LENGTHS[2], WIDTH, STATES)
+    v = random_arrays("float32", delta=(1, l, d), A=(n, d), C=(1, l, n))
+    exps = milliseconds(exponentials, [v["delta"], v["A"], v["C"]])
+    return {
+        "read": read_bytes_per_s(),
+        "copy": round(2 * 4 * side**2 / (copy / 1e3)),
+        "exponentials": round(l * d * n / (exps / 1e3)),
+    }
 
 
 # --- the points -----------------------------------------------------------------------------------
@@ -281,11 +294,14 @@ def measure(quick, until):
         errors = ", ".join(f"{k} {v:.0e}" for k, v in row.items() if isinstance(v, float))
         verdict = "right" if row["correct"] else "WRONG"
         say({"of": "check"} | row, f"{verdict}  {row['check']}  {row.get('error', errors)}")
-    rates = bandwidth(quick)
-    say({"of": "bandwidth"} | rates, f"memory: {rates['read'] / 1e9:,.0f} GB/s read, "
-        f"{rates['copy'] / 1e9:,.0f} GB/s copied")  # fmt: skip
+    rates = limits(quick)
+    giga = {name: f"{rate / 1e9:,.0f}" for name, rate in rates.items()}
+    say(
+        {"of": "limits"} | rates,
+        f"{giga['read']} GB/s read, {giga['copy']} copied, {giga['exponentials']} G exp/s",
+    )
     memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-    points = Points(max(rates.values()), memory, until, wrong_methods(rows))
+    points = Points(max(rates["read"], rates["copy"]), memory, until, wrong_methods(rows))
 
     def run(given):
         for point in given:
@@ -335,9 +351,12 @@ def main():
         "device_memory_bytes": stats.get("bytes_limit"),
         "correct": not wrong,
         "fastest": fastest(rows),
+        "auto": method_for(device.platform),
         "minutes": round((time.monotonic() - start) / 60, 1),
     }
+    method, backing = report["auto"]
     print(f"{report['minutes']} minutes; the fastest method at most points: {report['fastest']}")
+    print(f"method='auto' takes {method!r} here, {'by ' + backing if backing else 'unmeasured'}")
     if args.out:
         write(args.out, report, rows)
     elif not args.quick:

@@ -16,6 +16,9 @@ from mamba.mamba3 import Mamba3Config
 from mamba.trapezoid import TrapezoidState
 from mamba_book.reference import selective_scan_loop, ssd_loop, trapezoid_loop
 
+# The parameters, with dt_proj's bias, that stay in float32 whatever the dtype of the matrices.
+FLOAT32 = {"A_log", "B_bias", "C_bias", "D", "dt_bias", "mimo_o", "mimo_x", "mimo_z", "scale"}
+
 
 def silu(v):
     return v / (1 + np.exp(-v))
@@ -149,3 +152,14 @@ def random_params(model, seed=0):
         return jnp.asarray(values, p.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, tree)
+
+
+def in_bfloat16(params):
+    """The matrices and convolutions in bfloat16, as ``from_pretrained`` leaves them."""
+
+    def convert(path, p):
+        module, name = path[-2].key, path[-1].key
+        keep = name in FLOAT32 or (module, name) == ("dt_proj", "bias")
+        return p if keep else p.astype(jnp.bfloat16)
+
+    return jax.tree_util.tree_map_with_path(convert, params)

@@ -10,6 +10,7 @@ MOST_CODE_LINES = 180
 MOST_TRUE_LINES = 3
 
 REFERENCE = ["book/jax_primer", "book/paper_vs_code", "book/verification"]
+REFERENCE += ["book/measure_your_gpu"]
 
 
 def test_every_notebook_is_on_some_list():
