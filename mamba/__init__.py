@@ -6,6 +6,7 @@ text = generate(model, key=key, params=params, tokenizer=tokenizer, prompt=..., 
 """
 
 from mamba.checkpoint.hub import EMBEDDED, load_tokenizer
+from mamba.cores import use_every_core
 from mamba.layers import RMSNorm
 from mamba.mamba1 import LayerState, MambaBlock, MambaConfig
 from mamba.mamba2 import Mamba2Block, Mamba2Config, Mamba2State
@@ -42,4 +43,5 @@ __all__ = [
     "selective_scan",
     "state_bytes",
     "stream",
+    "use_every_core",
 ]

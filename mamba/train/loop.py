@@ -5,6 +5,7 @@ step's number. So a run that was interrupted and resumed takes the same steps, b
 that was not.
 """
 
+import contextlib
 import time
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from mamba.interrupts import defer_interrupt
 from mamba.train.devices import gradient_over_devices, row_mesh
 from mamba.train.metrics import evaluate, masked_loss_sums
-from mamba.train.saves import load_run, save_run
+from mamba.train.saves import Saves
 
 __all__ = ["History", "TrainState", "Trained", "train", "train_step"]
 
@@ -96,7 +97,7 @@ def train(
 ):
     """Train a model, from random parameters or from the last save.
 
-    Ctrl-C ends the run after the current step, with a save; a second Ctrl-C ends it at once.
+    Ctrl-C or SIGTERM ends the run after the current step, with a save; a second one, at once.
 
     Args:
         model: a ``Mamba``.
@@ -112,7 +113,8 @@ def train(
         folder: where to save; None saves nothing. A kill at any moment leaves the last complete
             save there.
         save_every: steps between two saves; there is one at the end, too.
-        resume: continue from the save in ``folder``, if there is one.
+        resume: continue from the save in ``folder``, if there is one. Its run may have had fewer
+            steps, and any number of devices.
         settings: what else defines the run, in types that JSON has. A save of a run with other
             settings is refused.
         progress: whether to show a progress bar.
@@ -133,18 +135,17 @@ def train(
     params = _initial_params(model, jax.random.key(seed))
     carried = model.initial_state(rows) if carry else None
     state = TrainState(jnp.int32(0), params, optimizer.init(params), carried)
-    history = History()
-    if folder is not None:
-        start = {"state": state} | history.values()
-        saved = load_run(folder, start, settings, resume=resume)
-        state, history = saved.pop("state"), History(**saved)
     state = jax.device_put(state, TrainState(everywhere, everywhere, everywhere, by_row))
-    first = int(state.step)
-
-    with (
-        tqdm(initial=first, total=steps, unit="step", disable=not progress) as bar,
-        defer_interrupt() as interrupts,
-    ):
+    history, saves = History(), None
+    with contextlib.ExitStack() as stack:
+        if folder is not None:
+            saves = stack.enter_context(contextlib.closing(Saves(folder, settings)))
+            saved = saves.load({"state": state} | history.values(), steps, resume=resume)
+            state, history = saved.pop("state"), History(**saved)
+        first = int(state.step)
+        bar = tqdm(initial=first, total=steps, unit="step", disable=not progress)
+        stack.enter_context(bar)
+        interrupts = stack.enter_context(defer_interrupt())
         for step in range(first, steps):
             if callable(carry):
                 state = state._replace(carried=_keep_rows(state.carried, carry(step)))
@@ -160,11 +161,10 @@ def train(
                 history.read()
                 history.held_out.append((done, *evaluate(model, state.params, held_out)))
             interrupted = bool(interrupts) and not last
-            if folder is not None and (last or interrupted or done % save_every == 0):
-                now = {"state": jax.device_get(state)} | history.values()
-                save_run(folder, now, settings)
+            if saves and (last or interrupted or done % save_every == 0):
+                saves.save(done, {"state": state} | history.values())
             if interrupted:
-                raise KeyboardInterrupt
+                raise interrupts[0]
     return Trained(jax.device_get(state.params), **history.values())
 
 
@@ -205,7 +205,7 @@ class History:
         return {
             "curve": np.array(self.curve, np.float32).reshape(-1, 2),
             "held_out": np.array(self.held_out, np.float32).reshape(-1, 3),
-            "seconds": time.time() - self.began,
+            "seconds": np.float64(time.time() - self.began),
         }
 
 
