@@ -10,6 +10,8 @@ import contextlib
 import json
 import logging
 import os
+import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -23,6 +25,7 @@ __all__ = ["OLD_SAVE", "SAVES", "Saves"]
 
 SAVES = "saves"  # folder of the saves, in the folder of a run; each has the number of its step
 OLD_SAVE = "training.msgpack"  # what earlier versions wrote
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a save that is still being written
 ARRAYS, SETTINGS = "arrays", "settings"  # the two parts of a save
 
 
@@ -122,14 +125,14 @@ class Saves:
         return max((int(p.name) for p in entries if p.name.isdecimal()), default=None)
 
     def _open(self):
+        if jax.process_index() == 0:
+            _remove([path for path in self.folder.glob("*") if UNFINISHED in path.name])
         logging.getLogger("absl").addFilter(_not_of_orbax)
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
         self.manager = ocp.CheckpointManager(
             self.folder,
             item_handlers={ARRAYS: handler, SETTINGS: ocp.JsonCheckpointHandler()},
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=1, create=True, cleanup_tmp_directories=True
-            ),
+            options=ocp.CheckpointManagerOptions(max_to_keep=1, create=True),
         )
 
     def _compare(self, save, theirs, step, last_step):
@@ -155,6 +158,16 @@ def _not_of_orbax(record):
 
 class _Different(ValueError):
     """A save that is one, but of another run."""
+
+
+def _remove(folders):
+    """Remove what a kill has left; a little later, where somebody still writes there."""
+    for _ in range(20):
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        if not any(folder.exists() for folder in folders):
+            return
+        time.sleep(0.1)
 
 
 def _first_line(error):

@@ -20,7 +20,8 @@ WORDS = "".join(f"{i} and {i * i % 97} are numbers. " for i in range(300))
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    """Sizes that train in a moment."""
+    """Sizes that train in a moment, and on the devices that there are."""
+    jax.devices()
     language = dataclasses.replace(TINY, task="language-model", sizes={"vocab_size": 300})
     monkeypatch.setitem(PRESETS, "selective-copying", {"laptop": TINY, "paper": TINY})
     monkeypatch.setitem(PRESETS, "language-model", {"laptop": language})
