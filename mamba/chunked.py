@@ -17,6 +17,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from mamba.collectives import vary_alike
+
 __all__ = [
     "chunked_backward",
     "chunked_forward",
@@ -224,7 +226,7 @@ def chunked_backward(tree, T, saved, cotangents):
     def row(inputs):
         chunks, starts, g = inputs
         empty = jnp.zeros((T, *A.shape), A.dtype)
-        carry = (g, jnp.zeros_like(A), empty, empty)
+        carry = vary_alike(g, jnp.zeros_like(A), empty, empty)
         (g, dA, _, _), grads = jax.lax.scan(chunk, carry, (chunks, starts), reverse=True)
         return g, dA, grads
 

@@ -27,7 +27,7 @@ class ModelConfig:
 
     An int is a size, a float is positive, a dtype is a floating-point one. NumPy's numbers become
     Python's, which ``config.json`` can hold. A generation adds its fields, and two methods, all
-    that ``mamba.model`` asks for: ``block(name)`` and ``zero_state(batch)``.
+    that ``mamba.model`` asks for: ``block(name, axis)`` and ``zero_state(batch)``.
 
     Raises ValueError for sizes and choices that make no model.
     """

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mamba.checks import check_lengths, check_shapes
+from mamba.collectives import inputs_before
 
 __all__ = [
     "A_log_init",
@@ -70,6 +71,7 @@ class CausalConv(nn.Module):
     width: int  # taps, d_conv
     use_bias: bool = True  # whether a bias is added
     dtype: Any = jnp.float32  # of the products
+    axis: str | None = None  # of a mesh, along which devices hold stretches of the text
 
     @nn.compact
     def __call__(self, x, cache, lengths=None, resets=None):
@@ -77,6 +79,7 @@ class CausalConv(nn.Module):
         check_shapes({"cache": (b, width - 1, d), "resets": (b, l)}, cache=cache, resets=resets)
         check_lengths(lengths, (b, l))
         kernel = self.param("kernel", uniform_fan_in, (width, d)).astype(self.dtype)
+        cache = inputs_before(x, cache, resets, self.axis)
         inputs = jnp.concatenate([cache.astype(x.dtype), x], axis=1)  # (b, width - 1 + l, d)
         taps = [inputs[:, k : k + l] for k in range(width)]  # (b, l, d) each
         if resets is not None:  # the number of each input's segment; the cache belongs to number 0

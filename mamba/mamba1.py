@@ -28,6 +28,7 @@ from mamba.layers import (
     zero_at_padding,
 )
 from mamba.scan import selective_scan
+from mamba.stretches import over_sequence
 
 __all__ = ["LayerState", "MambaBlock", "MambaConfig"]
 
@@ -62,9 +63,9 @@ class MambaConfig(ModelConfig):
         """Rank R of the projection that makes Δ."""
         return math.ceil(self.d_model / 16) if self.dt_rank is None else self.dt_rank
 
-    def block(self, name):
+    def block(self, name, axis=None):
         """The block that these sizes are of; ``mamba.model`` asks for nothing else."""
-        return MambaBlock(self, name=name)
+        return MambaBlock(self, axis, name=name)
 
     def zero_state(self, batch):
         """One layer's state before the first token."""
@@ -106,6 +107,7 @@ class MambaBlock(nn.Module):
     """
 
     config: MambaConfig  # the sizes
+    axis: str | None = None  # of a mesh, along which devices hold stretches of the text
 
     @nn.compact
     def __call__(self, u, state=None, lengths=None, resets=None):
@@ -116,7 +118,7 @@ class MambaBlock(nn.Module):
 
         x, z = jnp.split(dense(2 * c.d_inner, name="in_proj")(u), 2, axis=-1)  # (b, l, d_inner)
 
-        conv1d = CausalConv(c.d_conv, c.conv_bias, c.dtype, name="conv1d")
+        conv1d = CausalConv(c.d_conv, c.conv_bias, c.dtype, self.axis, name="conv1d")
         x, cache = conv1d(x, state.conv, lengths, resets)  # (b, l, d_inner), (b, d_conv - 1, …)
         x = nn.silu(x)  # (b, l, d_inner)
 
@@ -125,7 +127,8 @@ class MambaBlock(nn.Module):
 
         A = -jnp.exp(self.param("A_log", A_log_init, (c.d_inner, c.d_state)))  # (d_inner, n)
         D = self.param("D", nn.initializers.ones, (c.d_inner,))  # (d_inner,)
-        y, h = selective_scan(  # with the gate: y ⊙ silu(z), while y is still in float32
+        scan = over_sequence(selective_scan, self.axis)
+        y, h = scan(  # with the gate: y ⊙ silu(z), while y is still in float32
             x, delta, A, B, C, D, z=z, h0=state.ssm, resets=resets, return_state=True
         )  # (b, l, d_inner), (b, d_inner, n)
 

@@ -28,6 +28,7 @@ from mamba.layers import (
     zero_at_padding,
 )
 from mamba.ssd import ssd
+from mamba.stretches import over_sequence
 
 __all__ = ["GatedRMSNorm", "Mamba2Block", "Mamba2Config", "Mamba2State"]
 
@@ -68,9 +69,9 @@ class Mamba2Config(MultiHeadConfig):
         """Channels of the convolution: x, B and C together."""
         return self.d_inner + 2 * self.n_groups * self.d_state
 
-    def block(self, name):
+    def block(self, name, axis=None):
         """The block that these sizes are of; ``mamba.model`` asks for nothing else."""
-        return Mamba2Block(self, name=name)
+        return Mamba2Block(self, axis, name=name)
 
     def zero_state(self, batch):
         """One layer's state before the first token."""
@@ -127,6 +128,7 @@ class Mamba2Block(nn.Module):
     """
 
     config: Mamba2Config  # the sizes
+    axis: str | None = None  # of a mesh, along which devices hold stretches of the text
 
     @nn.compact
     def __call__(self, u, state=None, lengths=None, resets=None):
@@ -138,7 +140,7 @@ class Mamba2Block(nn.Module):
         widths = np.array([c.d_inner, c.d_conv_channels, c.n_heads])  # of z, of x B C, of dt
         z, xBC, dt = jnp.split(dense(widths.sum(), name="in_proj")(u), widths.cumsum()[:2], -1)
 
-        conv1d = CausalConv(c.d_conv, c.conv_bias, c.dtype, name="conv1d")
+        conv1d = CausalConv(c.d_conv, c.conv_bias, c.dtype, self.axis, name="conv1d")
         xBC, cache = conv1d(xBC, state.conv, lengths, resets)  # (b, l, d_conv_channels)
         x, BC = jnp.split(nn.silu(xBC), [c.d_inner], axis=-1)  # (b, l, d_inner), (b, l, 2 G N)
         x = x.reshape(b, l, c.n_heads, c.head_dim)  # (b, l, h, p)
@@ -147,7 +149,8 @@ class Mamba2Block(nn.Module):
         delta = zero_at_padding(self.time_steps(dt), lengths)  # (b, l, h)
         A = -jnp.exp(self.param("A_log", log_of_uniform(*c.A_init_range), (c.n_heads,)))  # (h,)
         D = self.param("D", nn.initializers.ones, (c.n_heads,))  # (h,)
-        y, h = ssd(x, delta, A, B, C, D, h0=state.ssm, resets=resets, return_state=True)
+        scan = over_sequence(ssd, self.axis)
+        y, h = scan(x, delta, A, B, C, D, h0=state.ssm, resets=resets, return_state=True)
 
         y = GatedRMSNorm(c.n_groups, c.norm_eps, name="norm")(y.reshape(b, l, c.d_inner), z)
         out_proj = dense(c.d_model, name="out_proj", kernel_init=residual_init(c.n_layer))

@@ -26,6 +26,7 @@ from mamba.layers import (
     residual_init,
     zero_at_padding,
 )
+from mamba.stretches import over_sequence
 from mamba.trapezoid import TrapezoidState, trapezoidal_scan
 
 __all__ = ["Mamba3Block", "Mamba3Config", "heavy_tail"]
@@ -76,9 +77,9 @@ class Mamba3Config(MultiHeadConfig):
         """S, pairs of states that turn."""
         return int(self.d_state * (self.rope_fraction or 0)) // 2
 
-    def block(self, name):
+    def block(self, name, axis=None):
         """The block that these sizes are of; ``mamba.model`` asks for nothing else."""
-        return Mamba3Block(self, name=name)
+        return Mamba3Block(self, axis, name=name)
 
     def zero_state(self, batch):
         """One layer's state before the first token."""
@@ -111,6 +112,7 @@ class Mamba3Block(nn.Module):
     """
 
     config: Mamba3Config  # the sizes
+    axis: str | None = None  # of a mesh, along which devices hold stretches of the text
 
     @nn.compact
     def __call__(self, u, state=None, lengths=None, resets=None):
@@ -133,7 +135,8 @@ class Mamba3Block(nn.Module):
         x, z = (v.reshape(*heads, 1, c.head_dim) for v in (x, z))  # (b, l, h, 1, p)
         if c.is_mimo:
             x, z = x * self.mix("mimo_x", 1 / c.rank), z * self.mix("mimo_z", 1)  # (b, l, h, r, p)
-        y, state = trapezoidal_scan(
+        scan = over_sequence(trapezoidal_scan, self.axis)
+        y, state = scan(
             x, delta, -jnp.maximum(rate, c.A_floor), nn.sigmoid(trap), B, C, theta, D,
             pairs="halves" if c.is_mimo else "interleaved",
             state=state, resets=resets, return_state=True,

@@ -27,12 +27,13 @@ class ResidualBlock(nn.Module):
     """
 
     config: Any  # MambaConfig, or another generation's
+    axis: str | None = None  # of a mesh, along which devices hold stretches of the text
 
     @nn.compact
     def __call__(self, x, state=None, lengths=None, resets=None):
         c = self.config
         u = RMSNorm(c.norm_eps, name="norm")(x)  # (b, l, d_model)
-        out, state = c.block(name="mixer")(u, state, lengths, resets)
+        out, state = c.block("mixer", self.axis)(u, state, lengths, resets)
         x = x + out
         if c.mlp_width:
             u = RMSNorm(c.norm_eps, name="norm2")(x)
@@ -67,13 +68,14 @@ class Mamba(nn.Module):
     """
 
     config: Any  # MambaConfig, or another generation's
+    axis: str | None = None  # of a mesh, along which devices hold stretches: ``mamba.parallel``
 
     def setup(self):
         c = self.config
         self.embedding = nn.Embed(
             c.padded_vocab_size, c.d_model, embedding_init=nn.initializers.normal(0.02)
         )
-        self.layers = [ResidualBlock(c) for _ in range(c.n_layer)]
+        self.layers = [ResidualBlock(c, self.axis) for _ in range(c.n_layer)]
         self.norm_f = RMSNorm(c.norm_eps)
         if not c.tie_embeddings:
             self.lm_head = _Head(c)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from mamba.checks import check_axes, check_chunk, check_shapes, choose_method
 from mamba.chunked import to_chunks
+from mamba.collectives import vary_alike
 from mamba.rotation import PAIRS, cos_and_sin, rotate, running_angle, running_sum
 from mamba.ssd import FORGOTTEN, decays, faded
 
@@ -138,11 +139,10 @@ def trapezoidal_scan(
     method = choose_method(method, METHODS, "recurrence" if l == 1 else "chunked", chunk)
     T = min(l, max(1, ROWS // r) if chunk is None else check_chunk(chunk))
 
-    dtype, real = x.dtype, delta != 0  # (b, l, h)
-    x, delta, A, lam, B, C, theta = (jnp.asarray(v, jnp.float32) for v in inputs.values())
-    state = TrapezoidState(*(jnp.asarray(v, jnp.float32) for v in state))
-    delta = jnp.where(real, delta, 0.0)  # as it is, but without a gradient at padding
-    theta = jnp.where(real[..., None], theta, 0.0)
+    dtype, real = x.dtype, delta != 0  # (b, l, h); where it is 0, no gradient comes from there
+    arrays = vary_alike(*inputs.values(), state)
+    x, delta, A, lam, B, C, theta, state = jax.tree.map(jnp.float32, arrays)
+    delta, theta = jnp.where(real, delta, 0.0), jnp.where(real[..., None], theta, 0.0)
     log_a, before, now = delta * A, (1 - lam) * delta, lam * delta  # log α, β / α, γ
     if resets is not None:
         log_a = jnp.where(resets[..., None], -jnp.inf, log_a)  # a reset: a step that forgets all

@@ -5,6 +5,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from mamba.collectives import vary_alike
+
 __all__ = ["gradient_over_devices", "row_mesh"]
 
 
@@ -27,6 +29,7 @@ def gradient_over_devices(loss, mesh):
     """
 
     def on_one_device(params, carried, batch):
+        params, _ = vary_alike(params, batch)  # or JAX would add up the gradient layer by layer
         gradient, (sums, carried) = jax.grad(loss, has_aux=True)(params, carried, batch)
         return *jax.lax.psum((gradient, sums), "rows"), carried
 
@@ -35,5 +38,4 @@ def gradient_over_devices(loss, mesh):
         mesh=mesh,
         in_specs=(P(), P("rows"), P("rows")),
         out_specs=(P(), P(), P("rows")),
-        check_vma=False,
     )
