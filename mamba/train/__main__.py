@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+
 from mamba.interrupts import Terminated
 from mamba.model import Mamba
 from mamba.train.arguments import LANGUAGE_MODEL, PROG, read_arguments
@@ -28,7 +30,7 @@ def main(argv=None):
             outcome = _train_language_model(args, preset)
         else:
             outcome = _train_synthetic(args, preset, selective)
-        if args.results:
+        if args.results and jax.process_index() == 0:
             trained, settings, results = outcome
             settings = settings | {"seed": args.seed, "preset": args.preset}
             write_results(args.results, trained, settings, results)
@@ -58,10 +60,9 @@ def _train_synthetic(args, preset, selective):
         by_length.append(
             {"length": length, "sequences": n, "loss": round(loss, 5), "accuracy": accuracy}
         )
-        print(
+        _say(
             f"length {length:>8}: accuracy {accuracy:.2%} on {n} sequences, "
-            f"{time.time() - start:.1f} s",
-            flush=True,
+            f"{time.time() - start:.1f} s"
         )
     return trained, preset.settings(model.config), {"by_length": by_length}
 
@@ -70,7 +71,7 @@ def _train_language_model(args, preset):
     """Train on text, and save the model -> Trained, settings, results."""
     texts = read_texts(args.text)
     train_texts, held_out_texts = _split(texts.values())
-    if not args.quiet:
+    if not args.quiet and jax.process_index() == 0:
         characters = sum(map(len, train_texts))
         print(f"read {len(texts)} files of {characters:,} characters", file=sys.stderr)
     tokenizer = train_tokenizer(train_texts, preset.sizes["vocab_size"])
@@ -88,12 +89,19 @@ def _train_language_model(args, preset):
         settings=settings,
         **_train_options(args),
     )
-    model.save_pretrained(trained.params, args.out)
-    tokenizer.save(str(Path(args.out) / "tokenizer.json"))
+    if jax.process_index() == 0:
+        model.save_pretrained(trained.params, args.out)
+        tokenizer.save(str(Path(args.out) / "tokenizer.json"))
     bits = bits_per_byte(model, trained.params, tokenizer, held_out_texts)
-    print(f"{bits:.3f} bits per byte of the held-out text. To try the model:")
-    print(f'python -m mamba --model {args.out} "..."')
+    _say(f"{bits:.3f} bits per byte of the held-out text. To try the model:")
+    _say(f'python -m mamba --model {args.out} "..."')
     return trained, settings, {"bits_per_byte": round(bits, 4)}
+
+
+def _say(line):
+    """Print a result, once for all processes."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
 
 
 def _split(texts):
@@ -118,6 +126,9 @@ def _train_options(args):
         "save_every": args.save_every,
         "resume": args.resume,
         "progress": not args.quiet,
+        "mesh": args.mesh,
+        "accumulate": args.accumulate,
+        "remat": args.remat,
     }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 
 from mamba.cores import use_every_core
+from mamba.parallel import AXES, make_mesh
 from mamba.train.ablation import SELECTIVE
 from mamba.train.experiment import BLOCKS, TASKS
 from mamba.train.presets import PRESETS
@@ -44,14 +45,33 @@ def read_arguments(argv=None):
     parser = _parser()
     args = parser.parse_args(argv)
     try:
-        started = contextlib.nullcontext() if args.devices else contextlib.suppress(RuntimeError)
-        with started:  # "auto" leaves it at the devices of a JAX that has started
-            use_every_core(args.devices)
+        _start_jax(args)
         preset, selective = _preset(args), _selective(args)
         _check(args, preset, selective)
     except (RuntimeError, ValueError) as error:
         parser.error(str(error))
     return args, preset, selective
+
+
+def _start_jax(args):
+    """Divide the CPU into devices and meet the other processes, before JAX starts."""
+    started = contextlib.nullcontext() if args.devices else contextlib.suppress(RuntimeError)
+    with started:  # "auto" leaves it at the devices of a JAX that has started
+        use_every_core(args.devices)
+    if args.coordinator_address == "auto":
+        jax.distributed.initialize()
+    elif args.coordinator_address:
+        if args.num_processes is None or args.process_id is None:
+            raise ValueError("--coordinator-address needs --num-processes and --process-id")
+        jax.distributed.initialize(args.coordinator_address, args.num_processes, args.process_id)
+    elif args.num_processes is not None or args.process_id is not None:
+        raise ValueError("--num-processes and --process-id need --coordinator-address")
+    args.mesh = args.mesh and make_mesh(**args.mesh)
+    if args.mesh and jax.process_count() > 1 and args.mesh.size != jax.device_count():
+        raise ValueError(
+            f"--mesh has {args.mesh.size} devices, but all {jax.device_count()} of the "
+            f"{jax.process_count()} processes must have a part"
+        )
 
 
 # --- words --------------------------------------------------------------------------------------
@@ -175,10 +195,44 @@ def _add_devices(parser):
         help="divide the CPU into N devices, which share the rows of a batch (default: auto, one "
         "for each core)",
     )
+    add(
+        "--mesh",
+        type=_mesh_sizes,
+        metavar="AXIS=N,…",
+        help="how all devices share the work: data, of the rows; sequence, of every text; model, of "
+        "the parameters; for example data=2,sequence=4",
+    )
+    add(
+        "--accumulate",
+        type=int,
+        default=1,
+        metavar="N",
+        help="differentiate each device's rows in N parts, one after another: less memory",
+    )
+    add("--remat", action="store_true", help="compute layers anew in the backward pass: the same")
+    add(
+        "--coordinator-address",
+        metavar="HOST:PORT",
+        help="of process 0, the same in all processes; auto: what JAX finds by itself under SLURM, "
+        "Kubernetes, Open MPI or on TPUs",
+    )
+    add("--num-processes", type=int, metavar="N", help="number of processes")
+    add("--process-id", type=int, metavar="I", help="of this process, from 0")
 
 
 def _lengths(text):
     return tuple(int(part) for part in text.split(","))
+
+
+def _mesh_sizes(text):
+    """ "data=2,sequence=4" -> {"data": 2, "sequence": 4}"""
+    pairs = [part.partition("=") for part in text.split(",")]
+    names = [name for name, _, _ in pairs]
+    if not set(names) <= set(AXES) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"expected axes of {', '.join(AXES)}, got {text}")
+    if not all(size.isdecimal() for _, _, size in pairs):
+        raise argparse.ArgumentTypeError(f"expected numbers of devices, got {text}")
+    return {name: int(size) for name, _, size in pairs}
 
 
 def _devices(text):
@@ -227,8 +281,10 @@ def _check(args, preset, selective):
     for name in ("steps", "batch", "length"):
         if getattr(preset, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(preset, name)}")
-    if args.save_every < 1:
-        raise ValueError(f"--save-every must be at least 1, got {args.save_every}")
+    for name in ("save_every", "accumulate"):
+        if getattr(args, name) < 1:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} must be at least 1, got {getattr(args, name)}")
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed must lie in [0, 2^32), got {args.seed}")
     preset.config(selective)
