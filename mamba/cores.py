@@ -98,7 +98,6 @@ def over_channels(scan):
             mesh=mesh,
             in_specs=({name: spec(name) for name in arrays},),
             out_specs=(y, state) if settings.get("return_state") else y,
-            check_vma=False,
         )
         return on_each(arrays)
 

@@ -10,9 +10,10 @@ import jax
 
 from mamba.interrupts import Terminated
 from mamba.model import Mamba
-from mamba.train.arguments import LANGUAGE_MODEL, PROG, read_arguments
+from mamba.train.arguments import read_arguments
 from mamba.train.corpus import bits_per_byte, encode, read_texts, text_batches, train_tokenizer
 from mamba.train.experiment import evaluate_at, run
+from mamba.train.flags import LANGUAGE_MODEL, PROG
 from mamba.train.loop import train
 from mamba.train.results import write_results
 
