@@ -9,6 +9,7 @@ import sys
 
 try:
     from mamba.checkpoint.hub import EMBEDDED, load_tokenizer
+    from mamba.cores import use_every_core
     from mamba.layers import RMSNorm
     from mamba.mamba1 import LayerState, MambaBlock, MambaConfig
     from mamba.mamba2 import Mamba2Block, Mamba2Config, Mamba2State
@@ -50,4 +51,5 @@ __all__ = [
     "selective_scan",
     "state_bytes",
     "stream",
+    "use_every_core",
 ]

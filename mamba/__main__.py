@@ -11,7 +11,7 @@ import jax
 
 import mamba
 from mamba.checkpoint.hub import EMBEDDED, load_tokenizer
-from mamba.interrupts import defer_interrupt
+from mamba.interrupts import Terminated, defer_interrupt
 from mamba.model import Mamba
 from mamba.text.generate import stream
 from mamba.text.prompt import read_prompt
@@ -38,7 +38,8 @@ ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 def main(argv=None):
     """Run the command -> its exit code.
 
-    0; 1 after an error; 2 for wrong usage; 130 for Ctrl-C; 141 where the reader of a pipe is gone.
+    0; 1 after an error; 2 for wrong usage; 130 for Ctrl-C, 143 for SIGTERM; 141 where the
+    reader of a pipe is gone.
     """
     parser = _parser()
     if not hasattr(mamba, "Mamba"):
@@ -74,9 +75,9 @@ def main(argv=None):
         args.prompt = ""
     try:
         _run(args, sampling)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print(file=sys.stderr)
-        return 130
+        return 143 if isinstance(interrupt, Terminated) else 130
     except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 141
@@ -159,7 +160,7 @@ def _run(args, sampling):
     with defer_interrupt() as interrupts:
         for text in texts:
             if interrupts:
-                raise KeyboardInterrupt
+                raise interrupts[0]
             print(shown(text), end="", flush=True)
             times.append(time.perf_counter())
     print(flush=True)

@@ -69,13 +69,15 @@ class Mamba(nn.Module):
 
     config: Any  # MambaConfig, or another generation's
     axis: str | None = None  # of a mesh, along which devices hold stretches: ``mamba.parallel``
+    remat: bool = False  # compute each layer anew in the backward pass, for less memory
 
     def setup(self):
         c = self.config
         self.embedding = nn.Embed(
             c.padded_vocab_size, c.d_model, embedding_init=nn.initializers.normal(0.02)
         )
-        self.layers = [ResidualBlock(c, self.axis) for _ in range(c.n_layer)]
+        layer = nn.remat(ResidualBlock) if self.remat else ResidualBlock
+        self.layers = [layer(c, self.axis) for _ in range(c.n_layer)]
         self.norm_f = RMSNorm(c.norm_eps)
         if not c.tie_embeddings:
             self.lm_head = _Head(c)

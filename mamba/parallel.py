@@ -17,7 +17,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mamba.checks import check_lengths, check_resets, check_state, check_tokens
-from mamba.model import Mamba
 
 __all__ = [
     "AXES",
@@ -220,7 +219,7 @@ def over_mesh(function, mesh, in_specs, out_specs):
 
 def on_stretches(model, mesh):
     """The model for one device inside ``over_mesh``: its scans cross the stretches of the mesh."""
-    return Mamba(model.config, "sequence" if mesh.shape["sequence"] > 1 else None)
+    return model.clone(axis="sequence" if mesh.shape["sequence"] > 1 else None)
 
 
 def lengths_here(mesh, tokens, lengths):

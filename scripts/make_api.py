@@ -19,7 +19,7 @@ PAGE = ROOT / "book" / "api.md"
 READING_ORDER = (
     *("discretize", "lti", "scan", "chunked", "kernels", "pallas", "ssd", "rotation", "trapezoid"),
     *("layers", "config", "mamba1", "mamba2", "mamba3", "model"),
-    *("checks", "interrupts", "checkpoint", "text", "train"),
+    *("checks", "cores", "interrupts", "checkpoint", "text", "train"),
 )
 HEAD = """\
 (ch-api)=

@@ -35,9 +35,9 @@ class AblatedConfig(MambaConfig):
         in_order = tuple(name for name in SELECTIVE if name in self.selective)
         object.__setattr__(self, "selective", in_order)
 
-    def block(self, name):
+    def block(self, name, axis=None):
         """The block of these sizes."""
-        return AblatedBlock(self, name=name)
+        return AblatedBlock(self, axis, name=name)
 
 
 class AblatedBlock(MambaBlock):

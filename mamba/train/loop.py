@@ -5,6 +5,7 @@ step's number. So a run that was interrupted and resumed takes the same steps, b
 that was not.
 """
 
+import contextlib
 import time
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,9 +19,10 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from mamba.interrupts import defer_interrupt
-from mamba.train.devices import gradient_over_devices, row_mesh
+from mamba.parallel import check_divides, on_stretches, parameter_shardings
+from mamba.train.devices import any_process, collect, gradient_over_devices, row_mesh, spread
 from mamba.train.metrics import evaluate, masked_loss_sums
-from mamba.train.saves import load_run, save_run
+from mamba.train.saves import Saves
 
 __all__ = ["History", "TrainState", "Trained", "train", "train_step"]
 
@@ -46,30 +48,32 @@ class Trained(NamedTuple):
     seconds: float  # time of training and evaluation, over all the runs it took
 
 
-@partial(jax.jit, static_argnames=("model", "optimizer", "mesh"))
-def train_step(model, optimizer, mesh, state, batch):
+@partial(jax.jit, static_argnames=("model", "optimizer", "mesh", "accumulate"))
+def train_step(model, optimizer, mesh, state, batch, accumulate=1):
     """Move the parameters once, along the gradient of the mean loss over the scored positions.
 
     Args:
         model: a ``Mamba``.
         optimizer: from optax; ``make_optimizer`` makes one that clips the gradient first.
-        mesh: the devices that share the rows, see ``row_mesh``.
+        mesh: the devices that share the batch and the parameters, see ``make_mesh``.
         state: the TrainState before the step.
         batch: a ``tasks.Batch`` of (b, l).
+        accumulate: number of parts in which each device's rows are differentiated.
 
     Returns:
         The next TrainState, and (3,): loss, accuracy, norm of the gradient before clipping.
     """
 
+    local = on_stretches(model, mesh)
+
     def summed_loss(params, carried, batch):
-        out = model.apply({"params": params}, batch.tokens, carried)
+        out = local.apply({"params": params}, batch.tokens, carried)
         logits, carried = (out, None) if carried is None else out  # (b, l, vocab)
         sums = masked_loss_sums(logits, batch)  # nats, correct, scored
         return sums[0], (sums, carried)
 
-    gradient, (nats, correct, scored), carried = gradient_over_devices(summed_loss, mesh)(
-        state.params, state.carried, batch
-    )
+    differentiate = gradient_over_devices(summed_loss, mesh, accumulate=accumulate)
+    gradient, (nats, correct, scored), carried = differentiate(state.params, state.carried, batch)
     gradient = jax.tree.map(lambda g: g / scored, gradient)  # of the mean, not of the sum
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -93,10 +97,13 @@ def train(
     resume=False,
     settings=None,
     progress=True,
+    mesh=None,
+    accumulate=1,
+    remat=False,
 ):
     """Train a model, from random parameters or from the last save.
 
-    Ctrl-C ends the run after the current step, with a save; a second Ctrl-C ends it at once.
+    Ctrl-C or SIGTERM ends the run after the current step, with a save; a second one, at once.
 
     Args:
         model: a ``Mamba``.
@@ -112,10 +119,16 @@ def train(
         folder: where to save; None saves nothing. A kill at any moment leaves the last complete
             save there.
         save_every: steps between two saves; there is one at the end, too.
-        resume: continue from the save in ``folder``, if there is one.
+        resume: continue from the save in ``folder``, if there is one. Its run may have had fewer
+            steps, and any number of devices.
         settings: what else defines the run, in types that JSON has. A save of a run with other
             settings is refused.
         progress: whether to show a progress bar.
+        mesh: from ``make_mesh``, of the devices of all processes; each process calls this function
+            with the same arguments, and writes its own parts of a save. None: the devices share
+            the rows, as many as can do so equally.
+        accumulate: number of parts in which each device's rows are differentiated, for less memory.
+        remat: whether to compute each layer anew in the backward pass, for less memory.
 
     Returns:
         A Trained.
@@ -123,33 +136,38 @@ def train(
     Raises:
         FloatingPointError: the loss or the gradient is NaN or infinite.
         FileExistsError: ``folder`` holds a save, and ``resume`` is False.
-        ValueError: what ``folder`` holds is no save, or the save of another run.
+        ValueError: what ``folder`` holds is no save, or the save of another run; rows or lengths
+            that the mesh or ``accumulate`` does not divide.
     """
-    rows = len(data(0).tokens)
-    mesh = row_mesh(rows)
-    everywhere, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P("rows"))
+    shape = data(0).tokens.shape
+    mesh = row_mesh(shape[0] // accumulate) if mesh is None else mesh
+    check_divides(mesh, shape)
+    if shape[0] % (mesh.shape["data"] * accumulate):
+        raise ValueError(
+            f"{shape[0]} rows on {mesh.shape['data']} devices cannot be divided into {accumulate} "
+            "equal parts"
+        )
+    model = model.clone(remat=remat)
     settings = {"seed": seed, "steps": steps} | (settings or {})
-
-    params = _initial_params(model, jax.random.key(seed))
-    carried = model.initial_state(rows) if carry else None
-    state = TrainState(jnp.int32(0), params, optimizer.init(params), carried)
-    history = History()
-    if folder is not None:
-        start = {"state": state} | history.values()
-        saved = load_run(folder, start, settings, resume=resume)
-        state, history = saved.pop("state"), History(**saved)
-    state = jax.device_put(state, TrainState(everywhere, everywhere, everywhere, by_row))
-    first = int(state.step)
-
-    with (
-        tqdm(initial=first, total=steps, unit="step", disable=not progress) as bar,
-        defer_interrupt() as interrupts,
-    ):
+    state = _first_state(model, optimizer, mesh, seed, shape[0] if carry else None)
+    history, saves = History(), None
+    with contextlib.ExitStack() as stack:
+        if folder is not None:
+            saves = stack.enter_context(contextlib.closing(Saves(folder, settings)))
+            saved = saves.load({"state": state} | history.values(), steps, resume=resume)
+            state, history = saved.pop("state"), History(**saved)
+        first = int(state.step)
+        bar = tqdm(
+            initial=first, total=steps, unit="step", disable=not progress or jax.process_index() > 0
+        )
+        stack.enter_context(bar)
+        interrupts = stack.enter_context(defer_interrupt())
         for step in range(first, steps):
             if callable(carry):
-                state = state._replace(carried=_keep_rows(state.carried, carry(step)))
-            batch = jax.device_put(data(step), by_row)
-            state, metrics = train_step(model, optimizer, mesh, state, batch)
+                kept = spread(carry(step), mesh, "data")
+                state = state._replace(carried=_keep_rows(state.carried, kept))
+            batch = spread(data(step), mesh, "data", "sequence")
+            state, metrics = train_step(model, optimizer, mesh, state, batch, accumulate)
             history.add(metrics)
             bar.update()
             done = step + 1
@@ -158,14 +176,13 @@ def train(
                 bar.set_postfix(history.recent())
             if held_out and (last or (evaluate_every and done % evaluate_every == 0)):
                 history.read()
-                history.held_out.append((done, *evaluate(model, state.params, held_out)))
-            interrupted = bool(interrupts) and not last
-            if folder is not None and (last or interrupted or done % save_every == 0):
-                now = {"state": jax.device_get(state)} | history.values()
-                save_run(folder, now, settings)
+                history.held_out.append((done, *evaluate(model, state.params, held_out, mesh)))
+            interrupted = not last and _interrupted(interrupts, done)
+            if saves and (last or interrupted or done % save_every == 0):
+                saves.save(done, {"state": state} | history.values())
             if interrupted:
-                raise KeyboardInterrupt
-    return Trained(jax.device_get(state.params), **history.values())
+                raise interrupts[0] if interrupts else KeyboardInterrupt
+    return Trained(collect(state.params, mesh), **history.values())
 
 
 class History:
@@ -205,13 +222,40 @@ class History:
         return {
             "curve": np.array(self.curve, np.float32).reshape(-1, 2),
             "held_out": np.array(self.held_out, np.float32).reshape(-1, 3),
-            "seconds": time.time() - self.began,
+            "seconds": np.float64(time.time() - self.began),
         }
 
 
-@partial(jax.jit, static_argnames=("model",))
-def _initial_params(model, key):
-    return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+def _first_state(model, optimizer, mesh, seed, rows):
+    """The TrainState before the first step, laid out on the mesh. rows: of what is carried."""
+
+    def initialize(key):
+        return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+    everywhere, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    key = jax.random.key(seed)
+    shapes = jax.eval_shape(initialize, key)
+    layout = parameter_shardings(shapes, mesh)
+    params = jax.jit(initialize, out_shardings=layout)(key)
+    moments = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, shapes),
+        layout,
+        transform_non_params=lambda _: everywhere,
+    )
+    opt_state = jax.jit(optimizer.init, out_shardings=moments)(params)
+    carried = None
+    if rows is not None:
+        carried = jax.jit(lambda: model.initial_state(rows), out_shardings=by_row)()
+    return TrainState(spread(np.int32(0), mesh), params, opt_state, carried)
+
+
+def _interrupted(interrupts, step):
+    """Whether a signal has come; of several processes, to any of them, asked from time to time."""
+    if jax.process_count() > 1 and step % LOG_EVERY:
+        return False
+    return any_process(bool(interrupts))
 
 
 @jax.jit

@@ -139,6 +139,16 @@ PRESETS = {
         "laptop": Preset(task="permutations", sizes={"vocab_size": 6}, **_TRACKING_MORE),
     },
     "language-model": {
+        "minute": Preset(
+            task="language-model",
+            length=128,
+            steps=300,
+            batch=8,
+            learning_rate=3e-3,
+            sizes={"vocab_size": 1024},
+            model={"d_model": 128, "n_layer": 2},
+            carry=True,
+        ),
         "laptop": Preset(
             task="language-model",
             length=256,

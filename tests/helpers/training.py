@@ -9,6 +9,7 @@ import numpy as np
 from mamba import Mamba, MambaConfig
 from mamba.mamba2 import Mamba2Config
 from mamba.mamba3 import Mamba3Config
+from mamba.parallel import make_mesh
 from mamba.train.corpus import text_batches
 from mamba.train.devices import row_mesh
 from mamba.train.loop import train
@@ -88,19 +89,45 @@ def run_slowly(folder):
 def on_these_devices():
     """What depends on the number of devices -> (how many rows are shared by how many, curves).
 
-    The curves are those of a run on a task, and of one on text, where the state that is carried
-    along is shared out, too; of Mamba-2 and Mamba-3 as well.
+    The curves are those of a run on a task, whose rows are shared out, and of one on text, where
+    eight devices share rows, texts and parameters; of Mamba-2 and Mamba-3 as well.
     """
     token_ids = [np.random.default_rng(0).integers(0, 8, 400).astype(np.int32)]
-    text = run(text_batches(token_ids, 8, 8), steps=8, carry=True, held_out=())
+    mesh = make_mesh(data=2, sequence=2, model=2) if jax.device_count() == 8 else None
+    less_memory = {"accumulate": 2, "remat": True}
+    text = run(text_batches(token_ids, 8, 8), 8, carry=True, mesh=mesh, **less_memory)
     task = run(steps=12)
     others = [
         run(text_batches(token_ids, 8, 8), 8, model=model, carry=True, held_out=())
         for model in (MODEL_2, MODEL_3)
     ]
     shared = [row_mesh(rows).size for rows in (1, 5, 6, 8, 12, 24, 17)]
-    curves = [text.curve, task.curve, task.held_out, *(other.curve for other in others)]
+    curves = [
+        text.curve,
+        text.held_out,
+        task.curve,
+        task.held_out,
+        *(other.curve for other in others),
+    ]
     return shared, [curve.tolist() for curve in curves]
+
+
+def run_in_two_processes(folder):
+    """A slow run on text, on the devices of two processes; process 0 writes its parameters."""
+    token_ids = [np.random.default_rng(0).integers(0, 8, 400).astype(np.int32)]
+    batches = text_batches(token_ids, 8, 16)
+
+    def slow(step):
+        time.sleep(0.1)
+        return batches(step)
+
+    options = {"steps": 12, "carry": True, "held_out": ()}
+    if folder is None:  # in the process of the test
+        return run(batches, **options)
+    mesh = make_mesh(data=2, sequence=4)
+    trained = run(slow, folder=folder, resume=True, mesh=mesh, **options)
+    if jax.process_index() == 0:
+        np.savez(f"{folder}/params.npz", *jax.tree.leaves(trained.params))
 
 
 def environment(**variables):

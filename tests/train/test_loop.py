@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mamba import Mamba, MambaConfig
-from mamba.interrupts import defer_interrupt
+from mamba.interrupts import Terminated, defer_interrupt
 from mamba.train import loop
 from mamba.train.devices import row_mesh
 from mamba.train.loop import TrainState, train, train_step
@@ -123,12 +123,14 @@ def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.usefixtures("heeded")
-def test_ctrl_c_saves_after_the_step(whole, tmp_path):
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        run(before_batch(9, interrupt), folder=tmp_path)
-    assert signal.getsignal(signal.SIGINT) is before
+def test_a_signal_saves_after_the_step(whole, tmp_path, number):
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(before_batch(9, lambda: signal.raise_signal(number)), folder=tmp_path)
+    assert isinstance(caught.value, Terminated) == (number == signal.SIGTERM)
+    assert signal.getsignal(number) is before
     resumed = run(before_batch(9, crash), folder=tmp_path, resume=True)  # step 9 was taken
     assert_same(resumed, whole)
 
@@ -153,7 +155,7 @@ def test_ctrl_c_during_an_evaluation_saves_too(whole, tmp_path, monkeypatch):
 def test_ctrl_c_twice_and_where_it_is_ignored():
     with pytest.raises(KeyboardInterrupt), defer_interrupt() as interrupts:
         signal.raise_signal(signal.SIGINT)
-        assert interrupts == [signal.SIGINT]
+        assert [type(interrupt) for interrupt in interrupts] == [KeyboardInterrupt]
         signal.raise_signal(signal.SIGINT)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

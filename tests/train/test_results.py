@@ -5,6 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -50,6 +51,7 @@ def test_a_long_curve_is_written_as_means(tmp_path):
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
 def test_a_recorded_command_still_asks_for_the_recorded_run(path, monkeypatch):
     """The same settings, with the key "selective" in "model"."""
+    jax.devices()  # JAX has started: its devices stay as they are
     recorded = json.loads(path.read_text(encoding="utf-8"))
     asked = {}
 

@@ -8,6 +8,7 @@ import pytest
 
 from mamba import Mamba
 from mamba.checkpoint.hub import load_tokenizer
+from mamba.interrupts import Terminated
 from mamba.train import __main__ as train_main
 from mamba.train.corpus import bits_per_byte
 from mamba.train.experiment import evaluate_at, run
@@ -19,7 +20,8 @@ WORDS = "".join(f"{i} and {i * i % 97} are numbers. " for i in range(300))
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    """Sizes that train in a moment."""
+    """Sizes that train in a moment, and on the devices that there are."""
+    jax.devices()
     language = dataclasses.replace(TINY, task="language-model", sizes={"vocab_size": 300})
     monkeypatch.setitem(PRESETS, "selective-copying", {"laptop": TINY, "paper": TINY})
     monkeypatch.setitem(PRESETS, "language-model", {"laptop": language})
@@ -113,19 +115,44 @@ def test_resume_of_a_finished_run_evaluates_it_at_other_lengths(tmp_path, capsys
     assert "another run: seed = 0 there, 1 here" in capsys.readouterr().err
 
 
-def test_ctrl_c(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("interrupt", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_ctrl_c_and_sigterm(tmp_path, monkeypatch, capsys, interrupt, code):
     def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
+        raise interrupt
 
     monkeypatch.setattr(train_main, "run", interrupted)
-    assert command("selective-copying", "--out", tmp_path) == 130
+    assert command("selective-copying", "--out", tmp_path) == code
     assert "--resume continues" in capsys.readouterr().err
+
+
+def test_a_run_may_get_more_steps(tmp_path):
+    results = tmp_path / "results.json"
+    out = ["selective-copying", "--out", tmp_path / "run"]
+    assert command(*out) == 0
+    assert command(*out, "--resume", "--steps", 14, "--results", results) == 0
+    data = json.loads(results.read_text())
+    assert data["settings"]["steps"] == 14 and [row[0] for row in data["curve"]][-1] == 14
+
+
+def test_help_of_a_task(capsys):
+    """It has the task's own flags and presets, and no other task's."""
+    shown = {}
+    for task in ("selective-copying", "language-model"):
+        with pytest.raises(SystemExit) as error:
+            train_main.main([task, "--help"])
+        assert error.value.code == 0
+        shown[task] = capsys.readouterr().out
+    assert "--selective" in shown["selective-copying"] and "--text" in shown["language-model"]
+    assert (
+        "--text" not in shown["selective-copying"] and "--selective" not in shown["language-model"]
+    )
+    assert "12 steps of 4 sequences of length 6" in shown["selective-copying"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("copying --preset minute", "no preset minute"),
+        ("copying --preset minute", "invalid choice: 'minute'"),
         ("", "TASK"),
         ("sorting", "invalid choice: 'sorting'"),
         ("selective-copying --preset huge", "invalid choice: 'huge'"),
@@ -133,7 +160,7 @@ def test_ctrl_c(tmp_path, monkeypatch, capsys):
         ("selective-copying --length 1", "length must be at least n_data = 2, got 1"),
         ("selective-copying --lengths 9,1", "length must be at least n_data = 2, got 1"),
         ("selective-copying --lengths 9,x", "--lengths"),
-        ("parity --preset paper", "parity has no preset paper, but minute, laptop"),
+        ("parity --preset paper", "invalid choice: 'paper'"),
         ("parity --block mamba --head-dim 8", "--head-dim is for mamba2 and mamba3"),
         ("parity --block mamba2 --rope-fraction 1", "--rope-fraction is for --block mamba3"),
         ("parity --selective B", "only Mamba's block can be ablated, not that of mamba3"),
@@ -143,13 +170,16 @@ def test_ctrl_c(tmp_path, monkeypatch, capsys):
         ("selective-copying --learning-rate 0", "learning_rate > 0"),
         ("selective-copying --save-every 0", "--save-every must be at least 1"),
         ("selective-copying --resume", "--resume needs --out"),
+        ("selective-copying --seed -1", "--seed must lie in [0, 2^32), got -1"),
+        ("selective-copying --devices 0", "expected auto, or at least 1, got 0"),
+        ("selective-copying --devices 99", "JAX has started already, with "),
         ("selective-copying --out README.md", "--out README.md: cannot write there"),
         ("selective-copying --out README.md/x", "--out README.md/x: cannot write there"),
         ("selective-copying --results mamba", "--results mamba: cannot write there"),
-        ("selective-copying --text README.md", "--text is for language-model"),
+        ("selective-copying --text README.md", "unrecognized arguments: --text"),
         ("language-model --text README.md", "language-model needs --text"),
         ("language-model --out x", "language-model needs --text"),
-        ("language-model --text a --out x --selective B", "--selective is for the synthetic"),
+        ("language-model --text a --out x --selective B", "unrecognized arguments: --selective"),
     ],
 )
 def test_wrong_usage(arguments, message, capsys):
