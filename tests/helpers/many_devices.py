@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,22 +35,6 @@ def differences(actual, expected):
         scale = max(1.0, np.abs(a).max(initial=0))
         found[jax.tree_util.keystr(path)] = float(np.abs(a - b).max(initial=0) / scale)
     return found
-
-
-def collectives(compiled):
-    """[(kind, bytes)] of the messages in a compiled program, its loops' bodies counted once."""
-    kinds = "collective-permute|all-gather|all-reduce|all-to-all|reduce-scatter"
-    found = re.findall(rf"= (.+?) ({kinds})(?:-start)?\(", compiled.as_text())
-    return [(kind, sum(map(_bytes, re.findall(r"\w+\[[\d,]*\]", shape)))) for shape, kind in found]
-
-
-def _bytes(shape):
-    dtype, sizes = shape.rstrip("]").split("[")
-    return (
-        int(re.search(r"\d+$", dtype)[0] if dtype != "pred" else 8)
-        // 8
-        * int(np.prod([int(size) for size in sizes.split(",") if size]))
-    )
 
 
 if __name__ == "__main__":
