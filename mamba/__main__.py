@@ -81,7 +81,8 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 141
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"{parser.prog}: error:", *str(error).split(), file=sys.stderr)
+        message = " ".join(str(error).split())  # names of files in it may be a stranger's
+        print(f"{parser.prog}: error:", _escape(message), file=sys.stderr)
         return 1
     return 0
 

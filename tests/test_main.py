@@ -113,6 +113,12 @@ def test_control_characters_do_not_reach_a_terminal(run, captured, monkeypatch):
     assert run("a\x08")[1] == "a\\x08\\x1b[31mred\n\ttab\\x07\\x9b\n"
 
 
+def test_control_characters_of_a_file_name_do_not_either(run, tmp_path):
+    (tmp_path / "\x1b[31mred").touch()
+    code, out, err = run("a", "--model", str(tmp_path))
+    assert code == 1 and "holds \\x1b[31mred" in err and "\x1b" not in err
+
+
 def test_settings_arrive(run, captured):
     run("日本", *"--temperature 0.5 --top-k 7 --top-p 0.8 --n-tokens 9 --seed 3".split())
     found = captured.settings

@@ -72,6 +72,13 @@ def test_load_tokenizer(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_a_tokenizer_of_absurd_size(tmp_path):
+    with open(tmp_path / "tokenizer.json", "wb") as file:
+        file.truncate(2**40)  # it takes no room on disk, and would take all of the memory
+    with pytest.raises(CheckpointError, match="more than 134217728 bytes"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("rows", "trained_with"),
     [(50276, None), (50277, NEOX), (50288, NEOX), (65024, None), (128256, LLAMA), ("x", None)],
