@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 from mamba.checkpoint.files import read_json
-from mamba.checkpoint.tensors import CheckpointError, abridged
+from mamba.checkpoint.tensors import CheckpointError, abridged, quote
 
 __all__ = ["CONFIG", "EMBEDDED", "WEIGHTS", "find_source", "load_tokenizer"]
 
@@ -74,8 +74,12 @@ def find_source(name, revision, cache_dir):
     """
     if not str(name):
         raise ValueError("the name is empty: give a folder or a repository of the hub")
-    path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(name).expanduser()
+        is_folder = path.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # too long; a user who is not there
+        raise FileNotFoundError(f"{quote(str(name))}: no folder can have this name") from error
+    if is_folder:
         if revision is not None:
             raise ValueError(f"{path} is a folder here: it has no revision {revision!r}")
         return _Folder(path)

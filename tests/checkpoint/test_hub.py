@@ -32,6 +32,8 @@ def test_names_that_are_nothing(tmp_path, monkeypatch):
         ("https://huggingface.co/a/b", FileNotFoundError, "no such folder"),
         (Path("a/b"), FileNotFoundError, "no such folder"),
         ("file", NotADirectoryError, "is a file"),
+        ("a" * 5000, FileNotFoundError, "^'a{100}'…: no folder can have this name"),
+        ("~no such user/x", FileNotFoundError, "no folder can have this name"),
         ("a--b/c", ValueError, "neither a folder nor"),
     ]:
         with pytest.raises(kind, match=message):
