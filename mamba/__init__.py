@@ -5,9 +5,30 @@ logits = model.apply({"params": params}, tokens)
 text = generate(model, key=key, params=params, tokenizer=tokenizer, prompt=..., ...)
 """
 
+import contextlib
+import os
+import signal
 import sys
 
-try:
+
+@contextlib.contextmanager
+def _leaving_on_ctrl_c(command):
+    """In a command that has not begun, Ctrl-C ends the process at once, without a traceback.
+
+    Importing JAX takes a second or two, and parts in C swallow a KeyboardInterrupt.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if not command or before is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+with _leaving_on_ctrl_c(command=sys.argv[:1] == ["-m"]):  # python -m mamba is being found
     from mamba.checkpoint.hub import EMBEDDED, load_tokenizer
     from mamba.cores import use_every_core
     from mamba.layers import RMSNorm
@@ -20,10 +41,6 @@ try:
     from mamba.text.prompt import read_prompt
     from mamba.text.state import TextState, load_state, save_state, state_bytes
     from mamba.trapezoid import TrapezoidState
-except KeyboardInterrupt:  # importing JAX takes a second or two
-    if sys.argv[:1] != ["-m"]:
-        raise
-    sys.exit(130)  # python -m mamba, not begun yet: Ctrl-C ends it without a traceback
 
 __version__ = "0.2.0"
 

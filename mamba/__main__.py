@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import unicodedata
+from pathlib import Path
 
 import jax
 
@@ -63,13 +64,16 @@ def main(argv=None):
     for path in filter(None, (args.state, args.save_state)):
         if not path.endswith(".safetensors"):
             parser.error(f"a state is kept in a file named *.safetensors, not {path}")
+    if args.save_state and not Path(args.save_state).absolute().parent.is_dir():
+        parser.error(f"--save-state {args.save_state}: there is no such folder")
     if args.revision is not None and args.model == EMBEDDED:
         parser.error("--revision is of a repository: give one by --model")
     if "" in args.stop:
         parser.error("--stop must not be empty")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed must lie in [0, 2^32), got {args.seed}")
-    if args.prompt is None and sys.stdin.isatty():
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None: a shell has closed it
+    if args.prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         if not args.state:
             parser.error("no prompt: give one as an argument, or pipe one in")
         args.prompt = ""
@@ -82,7 +86,8 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 141
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"{parser.prog}: error:", *str(error).split(), file=sys.stderr)
+        message = " ".join(str(error).split())  # names of files in it may be a stranger's
+        print(f"{parser.prog}: error:", _escape(message), file=sys.stderr)
         return 1
     return 0
 

@@ -63,7 +63,8 @@ class Mamba(nn.Module):
     Raises:
         ValueError: tokens that are not integers of that shape or lie outside the vocabulary; a
             state, lengths or resets that do not fit them. Under ``jit`` values are not known in
-            time: an id outside the vocabulary or a length that is too large gives NaN.
+            time: an id outside the vocabulary or a length that is too large gives NaN. (Where
+            matrices do the work, in Mamba-2 and 3, it reaches the segments beside its own, too.)
         TypeError: what is no array, or resets that are not bool.
     """
 

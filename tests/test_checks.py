@@ -63,6 +63,33 @@ def test_only_what_may_be_none_is_none(name):
 
 
 @every_scan
+@pytest.mark.parametrize("dtype", [np.int32, np.complex64, bool])
+def test_numbers_of_another_kind_are_refused(name, dtype):
+    """Integers would be rounded to, complex ones cut short."""
+    scan, shapes, _ = SCANS[name]
+    for key in shapes.keys() - {"resets"}:
+        given = arrays(name)
+        given[key] = given[key].astype(dtype)
+        with pytest.raises(TypeError, match=f"^{key} must hold floating-point numbers, got "):
+            scan(**given)
+    with pytest.raises(TypeError, match="^resets must be bool"):
+        scan(**arrays(name) | {"resets": np.zeros((B, L), np.int32)})
+
+
+@every_scan
+def test_lists_and_empty_arrays_are_refused(name):
+    scan, shapes, _ = SCANS[name]
+    for key in shapes:
+        with pytest.raises(TypeError, match=f"^{key} must be an array, got list"):
+            scan(**arrays(name) | {key: arrays(name)[key].tolist()})
+    for l in (0, 1):
+        given = {k: v[:l] if v.shape[:1] == (B,) else v for k, v in arrays(name, l).items()}
+        given = given if l == 0 else {k: v[..., :0] for k, v in given.items()}
+        with pytest.raises(ValueError, match="all >= 1"):
+            scan(**given)
+
+
+@every_scan
 def test_any_integer_is_a_chunk(name):
     """NumPy's too, and where there is a single token."""
     scan, *_ = SCANS[name]

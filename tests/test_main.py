@@ -113,6 +113,12 @@ def test_control_characters_do_not_reach_a_terminal(run, captured, monkeypatch):
     assert run("a\x08")[1] == "a\\x08\\x1b[31mred\n\ttab\\x07\\x9b\n"
 
 
+def test_control_characters_of_a_file_name_do_not_either(run, tmp_path):
+    (tmp_path / "\x1b[31mred").touch()
+    code, out, err = run("a", "--model", str(tmp_path))
+    assert code == 1 and "holds \\x1b[31mred" in err and "\x1b" not in err
+
+
 def test_settings_arrive(run, captured):
     run("日本", *"--temperature 0.5 --top-k 7 --top-p 0.8 --n-tokens 9 --seed 3".split())
     found = captured.settings
@@ -270,6 +276,7 @@ def test_help(run):
         (["a", "--stop", ""], "--stop must not be empty"),
         (["a", "--state", "x.bin"], "a state is kept in a file named *.safetensors, not x.bin"),
         (["a", "--save-state", "x.safetensors.part"], "named *.safetensors, not x.safetensors.pa"),
+        (["a", "--save-state", "no/x.safetensors"], "no/x.safetensors: there is no such folder"),
         (["a", "--dtype", "int8"], "invalid choice"),
         (["a", "b"], "unrecognized arguments: b"),
     ],
@@ -328,17 +335,30 @@ def test_ctrl_c_ends_cleanly(folder):
     assert err.strip() == b""
 
 
+@pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize("command", ["mamba", "mamba.train"])
 def test_ctrl_c_during_import(command, tmp_path):
-    """Before the command begins there is nothing to say: no traceback."""
+    """Before the command begins there is nothing to say, even where an import swallows it."""
     (tmp_path / "flax").mkdir()
-    (tmp_path / "flax" / "__init__.py").write_text("raise KeyboardInterrupt")
+    (tmp_path / "flax" / "__init__.py").write_text(
+        "import signal\ntry:\n    signal.raise_signal(signal.SIGINT)\n"
+        "except KeyboardInterrupt:\n    raise ImportError('as NumPy makes of it')"
+    )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     run = partial(subprocess.run, env=environment, cwd=tmp_path, capture_output=True)
     done = run([sys.executable, "-m", command, "a"])
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
     done = run([sys.executable, "-c", "import mamba"])  # a program of its own hears of it
-    assert done.returncode != 0 and b"KeyboardInterrupt" in done.stderr
+    assert done.returncode == 1 and b"as NumPy makes of it" in done.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&-"])
+def test_closed_standard_streams(folder, closed):
+    command = f"exec {sys.executable} -m mamba --model {folder} -n 3 {closed}"
+    done = subprocess.run(
+        ["sh", "-c", command + (" a" if closed == ">&-" else "")], cwd=ROOT, capture_output=True
+    )
+    assert done.returncode == (0 if closed == ">&-" else 2) and b"Traceback" not in done.stderr
 
 
 def test_a_broken_pipe_is_silent(folder):

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 from mamba.checkpoint.files import read_json
-from mamba.checkpoint.tensors import CheckpointError, abridged
+from mamba.checkpoint.tensors import CheckpointError, abridged, quote
 
 __all__ = ["CONFIG", "EMBEDDED", "WEIGHTS", "find_source", "load_tokenizer"]
 
@@ -17,6 +17,7 @@ CONFIG = "config.json"
 # In the order in which they are looked for.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 TOKENIZER = "tokenizer.json"
+MAX_TOKENIZER_BYTES = 2**27  # the library reads all of it; the largest published ones have 2^25
 # With which the published models in the original naming were trained, and how many tokens it has.
 TRAINED_WITH = {"EleutherAI/gpt-neox-20b": 50277, "meta-llama/Llama-3.1-8B": 128256}
 
@@ -41,6 +42,8 @@ def load_tokenizer(name, revision=None, cache_dir=None):
     if path is None and isinstance(source, _Hub) and (other := _trained_with(source)):
         path = _Hub(other, None, cache_dir).require(TOKENIZER)
     path = path or source.require(TOKENIZER)
+    if path.stat().st_size > MAX_TOKENIZER_BYTES:
+        raise CheckpointError(f"{path}: more than {MAX_TOKENIZER_BYTES} bytes, which none needs")
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises Exception itself
@@ -71,8 +74,12 @@ def find_source(name, revision, cache_dir):
     """
     if not str(name):
         raise ValueError("the name is empty: give a folder or a repository of the hub")
-    path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(name).expanduser()
+        is_folder = path.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # too long; a user who is not there
+        raise FileNotFoundError(f"{quote(str(name))}: no folder can have this name") from error
+    if is_folder:
         if revision is not None:
             raise ValueError(f"{path} is a folder here: it has no revision {revision!r}")
         return _Folder(path)

@@ -163,7 +163,7 @@ def encode_prompts(model, params, tokenizer, prompts, state):
     if not isinstance(prompts, list | tuple) or not prompts:
         raise ValueError(
             "prompt must be a str, a list of token ids, or a non-empty list of such, "
-            f"got {prompts!r}"
+            f"got {prompts!r:.80}"
         )
     needed = tokenizer is not None or any(isinstance(prompt, str) for prompt in prompts)
     tokenizer = plain_tokenizer(tokenizer) if needed else None

@@ -22,6 +22,7 @@ from mamba.text.writer import TextWriter
 __all__ = ["NO_TOKEN", "Request", "explain_not_finite", "prepare"]
 
 NO_TOKEN = -1  # no token's id: what is drawn from logits that are not all finite
+MOST_TEXTS = 2**16  # at once
 STOP_CHECK_EVERY = 16  # tokens drawn between two searches for a stop string
 
 
@@ -55,6 +56,8 @@ def prepare(model, key, params, tokenizer, prompt, n, sampling, eos_token_id, st
         raise ValueError(f"temperature = 0 gives one text, not num_return_sequences = {copies}")
     stop, (prompts, one) = _check_stop(stop), list_prompts(prompt)
     tokenizer, ids, state = encode_prompts(model, params, tokenizer, prompts, state)
+    if len(ids) * copies > MOST_TEXTS:
+        raise ValueError(f"{len(ids) * copies} texts at once are too many: at most {MOST_TEXTS}")
     if stop and tokenizer is None:
         raise ValueError("a stop string is searched for in the text: give the tokenizer")
     ends = _check_ends(eos_token_id, model.config.padded_vocab_size)

@@ -4,14 +4,16 @@ A tokenizer's file may say that every text is padded, or cut to a length. For a 
 a silent change, so both are left out here.
 """
 
+import base64
 import copy
+import functools
 import json
 import math
 import numbers
 
 __all__ = ["check_ids", "decode", "encode", "growth", "plain_tokenizer"]
 
-USUAL_GROWTH = 16  # times longer a text may always become
+USUAL_GROWTH = 64  # times longer a text may always become
 MOST_CHARACTERS = 2**22  # that a text may become by more
 DECODER_GROWTH = 256  # times longer a token's text may become
 
@@ -45,14 +47,19 @@ def growth(part):
     """How many characters a part of a tokenizer may make of one, or how many tokens of one.
 
     Replacements that follow each other multiply: thirty that double fill any memory. What Unicode's
-    normal forms add (18 times, once) is not counted.
+    normal forms add (18 times, however often) is not counted.
 
     part: a normalizer, decoder or post-processor of ``tokenizers``; for anything else 1.
     """
     try:
-        return _growth(json.loads(part.__getstate__()))
+        return _growth_of(bytes(part.__getstate__()))
     except Exception:  # None, or a part that is written in Python
         return 1
+
+
+@functools.lru_cache(maxsize=8)
+def _growth_of(data):
+    return _growth(json.loads(data))
 
 
 def _growth(part):
@@ -64,8 +71,14 @@ def _growth(part):
         return max(1, -(-added // taken)) if taken else 1 + added  # a pattern may match nothing
     if part["type"] == "Prepend":
         return 1 + len(part["prepend"])
-    if part["type"] == "TemplateProcessing":
-        return max(1, sum("Sequence" in piece for piece in part["single"]))
+    if part["type"] == "TemplateProcessing":  # the text may stand in it several times
+        special = {name: len(token["ids"]) for name, token in part["special_tokens"].items()}
+        names = [piece.get("SpecialToken", {}).get("id") for piece in part["single"]]
+        return sum(special.get(name, 1) for name in names)
+    if part["type"] == "Precompiled":  # 4 bytes: the size of an index; the index; strings
+        table = base64.b64decode(part["precompiled_charsmap"])
+        strings = table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")
+        return max(1, *(len(string.decode(errors="replace")) for string in strings))
     return 4 if part["type"] == "ByteLevel" else 1  # a character for each byte
 
 
@@ -103,7 +116,7 @@ def check_ids(ids):
         raise TypeError(f"a prompt must be a str or a list of token ids, got {type(ids).__name__}")
     for id in ids:
         if not isinstance(id, numbers.Integral) or isinstance(id, bool):
-            raise TypeError(f"a prompt of token ids must hold integers only, got {id!r}")
+            raise TypeError(f"a prompt of token ids must hold integers only, got {id!r:.80}")
     return [int(id) for id in ids]
 
 

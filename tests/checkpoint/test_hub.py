@@ -32,6 +32,8 @@ def test_names_that_are_nothing(tmp_path, monkeypatch):
         ("https://huggingface.co/a/b", FileNotFoundError, "no such folder"),
         (Path("a/b"), FileNotFoundError, "no such folder"),
         ("file", NotADirectoryError, "is a file"),
+        ("a" * 5000, FileNotFoundError, "^'a{100}'…: no folder can have this name"),
+        ("~no such user/x", FileNotFoundError, "no folder can have this name"),
         ("a--b/c", ValueError, "neither a folder nor"),
     ]:
         with pytest.raises(kind, match=message):
@@ -69,6 +71,13 @@ def test_load_tokenizer(tmp_path):
     assert load_tokenizer(tmp_path).encode("a").ids == [0]
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_of_absurd_size(tmp_path):
+    with open(tmp_path / "tokenizer.json", "wb") as file:
+        file.truncate(2**40)  # it takes no room on disk, and would take all of the memory
+    with pytest.raises(CheckpointError, match="more than 134217728 bytes"):
         load_tokenizer(tmp_path)
 
 

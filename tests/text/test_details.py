@@ -132,6 +132,7 @@ def test_a_top_k_of_the_whole_vocabulary_is_none(go_on, pair):
         ({"prompt": [{}]}, TypeError, "must be a str or a list of token ids, got dict"),
         ({"prompt": [1], "tokenizer": None, "stop": "a"}, ValueError, "give the tokenizer"),
         ({"prompt": "a", "num_return_sequences": 0}, ValueError, "num_return_sequences must be at"),
+        ({"prompt": "a", "num_return_sequences": 10**9}, ValueError, "10{9} texts at once are too"),
         ({"prompt": "a", "num_return_sequences": 2, "temperature": 0}, ValueError, "one text, not"),
     ],
 )

@@ -1,5 +1,6 @@
 """A tokenizer's padding and truncation never change a prompt; what it cannot do is an error."""
 
+import base64
 import json
 
 import pytest
@@ -86,6 +87,28 @@ def test_growth_is_what_a_normalizer_may_do(tokenizer, part, expected):
     assert growth(changed.normalizer) == expected
     if part and "Regex" not in str(part):
         assert len(changed.normalizer.normalize_str("a" * 50)) <= 50 * expected
+
+
+def test_growth_of_a_template_and_of_a_table():
+    """Each special token may be many; a table of strings grows a text by its longest."""
+    begin = {"id": "x", "ids": [1] * 1000, "tokens": ["a"] * 1000}
+    pieces = [{"SpecialToken": {"id": "x", "type_id": 0}}] * 50
+    pieces += [{"Sequence": {"id": "A", "type_id": 0}}] * 2
+    template = {"type": "TemplateProcessing", "single": pieces, "special_tokens": {"x": begin}}
+    assert growth(Stored(template)) == 50 * 1000 + 2
+    table = (8).to_bytes(4, "little") + bytes(8) + b"a\0" + "ﷺ".encode() * 18 + b"\0bc\0"
+    stored = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
+    assert growth(Stored(stored)) == 18
+
+
+class Stored:
+    """A part of a tokenizer, as its file describes it."""
+
+    def __init__(self, description):
+        self.description = description
+
+    def __getstate__(self):
+        return json.dumps(self.description).encode()
 
 
 def test_growth_of_a_tokenizer_is_bounded(tokenizer):
