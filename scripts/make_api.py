@@ -17,18 +17,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "book" / "api.md"
 READING_ORDER = (
-    *(
-        "discretize",
-        "lti",
-        "scan",
-        "chunked",
-        "kernels",
-        "pallas",
-        "mosaic",
-        "ssd",
-        "rotation",
-        "trapezoid",
-    ),
+    *("discretize", "lti", "scan", "chunked", "kernels", "pallas", "mosaic"),
+    *("ssd", "rotation", "trapezoid"),
     *("layers", "config", "mamba1", "mamba2", "mamba3", "model"),
     *("checks", "interrupts", "checkpoint", "text", "train"),
 )
