@@ -20,6 +20,7 @@ here: XLA runs the tree of ``mamba.chunked`` from the states that the forward ke
 Source: Gu & Dao (2023), §3.3.2 and appendix D, as for ``mamba.pallas``.
 """
 
+import functools
 import math
 
 import jax
@@ -30,7 +31,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from mamba.chunked import chunked_backward
 from mamba.kernels import CHUNK, LOG2_E
 
-__all__ = ["mosaic_backward", "mosaic_forward", "mosaic_step"]
+__all__ = ["mosaic_backward", "mosaic_forward", "mosaic_program", "mosaic_step"]
 
 CHANNELS = 128  # of a program: one for each thread of a warpgroup
 TOKENS = 32  # in a buffer of shared memory, a multiple of CHUNK
@@ -57,62 +58,16 @@ def mosaic_forward(x, delta, A, B, C, D, z, keep, h0, *, save, interpret=False):
     Returns:
         y: (b, l, d), h: (b, n, d), and with save (b, l / CHUNK, n, d), else None.
     """
-    n = A.shape[0]
-    few = ((0, max(LEAST_STATES - n, 0)),)  # states that stay 0
-    A, B, C = jnp.pad(A, (*few, (0, 0))), *(jnp.pad(v, ((0, 0), (0, 0), *few)) for v in (B, C))
-    h0 = jnp.pad(h0, ((0, 0), *few, (0, 0)))
+    n, missing = A.shape[0], max(LEAST_STATES - A.shape[0], 0)  # states that stay 0
+    A, h0 = (jnp.pad(v, [*[(0, 0)] * (v.ndim - 2), (0, missing), (0, 0)]) for v in (A, h0))
+    B, C = (jnp.pad(v, [(0, 0), (0, 0), (0, missing)]) for v in (B, C))
+    keep = None if keep is None else jnp.repeat(keep[:, :, :1], LEAST_STATES, axis=2)
+    given = {"x": x, "delta": delta, "B": B, "C": C, "z": z, "keep": keep}
+    moved = {name: v for name, v in given.items() if v is not None}
     (b, l, d), states = x.shape, A.shape[0]
-    tokens = math.gcd(TOKENS, l)
-    inputs = {"x": x, "delta": delta, "B": B, "C": C, "z": z}
-    inputs["keep"] = None if keep is None else jnp.repeat(keep[:, :, :1], LEAST_STATES, axis=2)
-    inputs = {name: v for name, v in inputs.items() if v is not None}
-
-    def program(*refs):
-        moved, rest = refs[: len(inputs)], refs[len(inputs) :]
-        A_ref, D_ref, h0_ref, y_ref, h_ref, *starts_ref = rest
-        row = jax.lax.axis_index("row")
-        tile = jax.lax.axis_index("tile")
-        mine = pl.ds(tile * CHANNELS, CHANNELS)
-        rates, D = [A_ref[i, mine] for i in range(states)], D_ref[0, mine]  # (CHANNELS,) each
-        wide = plgpu.BlockSpec((None, tokens, CHANNELS), lambda k: (row, k, tile))
-        narrow = plgpu.BlockSpec((None, tokens, states), lambda k: (row, k, 0))
-        flags = plgpu.BlockSpec((None, tokens, LEAST_STATES), lambda k: (row, k, 0))
-        specs = {"B": narrow, "C": narrow, "keep": flags}
-
-        def walk(indices, *refs_and_h):
-            *tiles, h = refs_and_h
-            tiles = dict(zip(inputs, tiles, strict=True))
-            first = indices[0] * tokens
-
-            def chunk(k, h):
-                if save:
-                    for i in range(states):
-                        starts_ref[0][row, first // CHUNK + k, i, mine] = h[i]
-                ys = []
-                for t in range(CHUNK):
-                    y, h = mosaic_step(tiles, k * CHUNK + t, rates, D, h)
-                    ys.append(y)
-                for t, y in enumerate(ys):
-                    y_ref[row, first + k * CHUNK + t, mine] = y
-                return h
-
-            h = jax.lax.fori_loop(0, tokens // CHUNK, chunk, h)
-            plgpu.commit_smem()  # all threads have read the buffer: it may be filled again
-            return h
-
-        h = plgpu.emit_pipeline(
-            walk,
-            grid=(l // tokens,),
-            in_specs=[specs.get(name, wide) for name in inputs],
-            max_concurrent_steps=2,
-            init_carry=tuple(h0_ref[row, i, mine] for i in range(states)),
-        )(*moved)
-        for i in range(states):
-            h_ref[row, i, mine] = h[i]
-
     shapes = [(b, l, d), (b, states, d), *([(b, l // CHUNK, states, d)] if save else [])]
     y, h, *starts = plgpu.kernel(
-        program,
+        functools.partial(mosaic_program, tuple(moved)),
         out_type=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
         grid=(b, d // CHANNELS),
         grid_names=("row", "tile"),
@@ -122,22 +77,22 @@ def mosaic_forward(x, delta, A, B, C, D, z, keep, h0, *, save, interpret=False):
         ),
         kernel_name="selective_scan_mosaic",
         interpret=interpret,
-    )(*inputs.values(), A, D, h0)
+    )(*moved.values(), A, D, h0)
     return y, h[:, :n], starts[0][:, :, :n] if save else None
 
 
-def mosaic_step(tiles, t, rates, D, h):
+def mosaic_step(tiles, t, A, D, h):
     """Token t of the buffers in shared memory, for the channel of each thread -> y_t, h_t.
 
-    tiles: x, delta, B, C and what there is of z and keep, by name; rates: the rows of A, h: the
-    states, n arrays (CHANNELS,) each.
+    tiles: x, delta, B, C and what there is of z and keep, by name; A: its rows, h: the states,
+    n arrays (CHANNELS,) each.
     """
     x, delta = tiles["x"][t], tiles["delta"][t]  # (CHANNELS,)
     if "keep" in tiles:
         new = jax.lax.broadcast(tiles["keep"][t, 0] == 0, x.shape)
         h = [jax.lax.select(new, jnp.zeros_like(x), h_i) for h_i in h]
     exponent, u, y, after = LOG2_E * delta, delta * x, D * x, []
-    for i, (rate, h_i) in enumerate(zip(rates, h, strict=True)):
+    for i, (rate, h_i) in enumerate(zip(A, h, strict=True)):
         h_i = jnp.exp2(exponent * rate) * h_i + tiles["B"][t, i] * u
         y = y + tiles["C"][t, i] * h_i
         after.append(h_i)
@@ -145,6 +100,55 @@ def mosaic_step(tiles, t, rates, D, h):
         z = tiles["z"][t]
         y = y * (z / (1.0 + jnp.exp2(-LOG2_E * z)))
     return y, tuple(after)
+
+
+def mosaic_program(names, *refs):
+    """What one warpgroup does: its CHANNELS channels of one row, from the first token to the last.
+
+    names: of the arrays that come by the copy engine, as in ``mosaic_forward``; refs: those arrays
+    in global memory, then A, D, h0, y, h and, to be saved, the states before every CHUNK tokens.
+    """
+    moved, rest = refs[: len(names)], refs[len(names) :]
+    A_ref, D_ref, h0_ref, y_ref, h_ref, *starts_ref = rest
+    l, n = y_ref.shape[1], A_ref.shape[0]
+    tokens = math.gcd(TOKENS, l)
+    row, tile = jax.lax.axis_index("row"), jax.lax.axis_index("tile")
+    mine = pl.ds(tile * CHANNELS, CHANNELS)
+    A, D = [A_ref[i, mine] for i in range(n)], D_ref[0, mine]  # (CHANNELS,) each
+
+    def buffer(name, ref):  # the k-th tokens of the row, and of the channels those that are mine
+        width, place = (CHANNELS, tile) if name in ("x", "delta", "z") else (ref.shape[2], 0)
+        return plgpu.BlockSpec((None, tokens, width), lambda k: (row, k, place))
+
+    def walk(indices, *refs_and_h):
+        *buffers, h = refs_and_h
+        tiles, first = dict(zip(names, buffers, strict=True)), indices[0] * tokens
+
+        def chunk(k, h):
+            for starts in starts_ref:
+                for i in range(n):
+                    starts[row, first // CHUNK + k, i, mine] = h[i]
+            ys = []
+            for t in range(CHUNK):
+                y, h = mosaic_step(tiles, k * CHUNK + t, A, D, h)
+                ys.append(y)
+            for t, y in enumerate(ys):
+                y_ref[row, first + k * CHUNK + t, mine] = y
+            return h
+
+        h = jax.lax.fori_loop(0, tokens // CHUNK, chunk, h)
+        plgpu.commit_smem()  # all threads have read the buffer: it may be filled again
+        return h
+
+    h = plgpu.emit_pipeline(
+        walk,
+        grid=(l // tokens,),
+        in_specs=[buffer(name, ref) for name, ref in zip(names, moved, strict=True)],
+        max_concurrent_steps=2,
+        init_carry=tuple(h0_ref[row, i, mine] for i in range(n)),
+    )(*moved)
+    for i in range(n):
+        h_ref[row, i, mine] = h[i]
 
 
 def mosaic_backward(
