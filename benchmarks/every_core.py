@@ -8,7 +8,8 @@ Scan: one layer of the 130m model (b 1, l 2048, d 1536, n 16), forward and with 
 (``over_channels``). Beside it the exponentials of the recurrence, added up and nothing else, which
 no exact method can go below, on one device and shared out; and a plain `lax.scan` that JAX
 differentiates. Training: a step of the laptop presets, with its rows shared out. Prefill: 512
-tokens of the 130m shape on one device.
+tokens of the 130m shape; on several devices as on one, with parts of the parameters ("model") on
+each, and with stretches of the text ("sequence").
 
 Each point is measured in a fresh process, because JAX divides the CPU once, when it starts. The
 points take turns, and the best of ROUNDS counts. Writes benchmarks/results/every_core.json and the
@@ -71,43 +72,49 @@ def train_step(devices, task, quick):
 
     mamba.use_every_core(devices)
     import jax
-    import jax.numpy as jnp
 
     from mamba.train import loop
+    from mamba.train.corpus import text_batches
+    from mamba.train.devices import row_mesh, spread
     from mamba.train.presets import PRESETS
 
     preset = PRESETS[task]["laptop"]
-    model = mamba.Mamba(preset.config())
-    length = 32 if quick else preset.length
+    model, length = mamba.Mamba(preset.config()), 32 if quick else preset.length
     if task == "language-model":
-        ids = np.random.default_rng(0).integers(0, 4096, 2 * preset.batch * (length + 1), np.int32)
-        from mamba.train.corpus import text_batches
-
-        data = text_batches([ids], preset.batch, length)
+        vocab = preset.sizes["vocab_size"]
+        ids = np.random.default_rng(0).integers(0, vocab, 2 * preset.batch * length + 99, np.int32)
+        batch = text_batches([ids], preset.batch, length)(0)
     else:
-        key = jax.random.key(0)
-        data = lambda step: preset.draw(key, preset.batch, length)  # noqa: E731
-    batch = data(0)
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    step = loop.step_function(model, preset.optimizer(), params, batch, carry=preset.carry)
-    return best(step)
+        batch = preset.draw(jax.random.key(0), preset.batch, length)
+    mesh, rows = row_mesh(preset.batch), preset.batch if preset.carry else None
+    state = loop.first_state(model, preset.optimizer(), mesh, 0, rows)
+    batch = spread(batch, mesh, "data", "sequence")
+    step = partial(loop.train_step, model, preset.optimizer(), mesh, state, batch)
+    return best(lambda: jax.block_until_ready(step()))
 
 
-def prefill(devices, quick):
-    """Reading a prompt with a model of the 130m shape on one device -> dict of times."""
+def prefill(devices, axis, quick):
+    """Reading a prompt with a model of the 130m shape, devices along an axis -> dict of times."""
     import mamba
 
     mamba.use_every_core(devices)
     import jax
     import jax.numpy as jnp
 
+    from mamba.parallel import last_logits_on_mesh, make_mesh, parameter_shardings
+
     sizes = {"d_model": 64, "n_layer": 2} if quick else {"d_model": 768, "n_layer": 24}
     model = mamba.Mamba(mamba.MambaConfig(**sizes, vocab_size=50277))
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     tokens = np.random.default_rng(0).integers(0, 50277, (1, 512), np.int32)
-    read = jax.jit(partial(model.apply, method="last_logits"))
     state = model.initial_state(1)
-    return best(lambda: jax.block_until_ready(read({"params": params}, tokens, state)))
+    if axis == "none":  # as mamba.text reads it
+        read = jax.jit(partial(model.apply, method="last_logits"))
+        return best(lambda: jax.block_until_ready(read({"params": params}, tokens, state)))
+    mesh = make_mesh(**{axis: devices})
+    params = jax.device_put(params, parameter_shardings(params, mesh))
+    read = partial(last_logits_on_mesh, model, mesh, params, tokens, state)
+    return best(lambda: jax.block_until_ready(read()))
 
 
 def points(quick, cores):
@@ -122,7 +129,9 @@ def points(quick, cores):
     for task in TRAINED:
         for devices in (1, cores):
             yield train_step, devices, task, quick
-    yield prefill, 1, quick
+    yield prefill, 1, "none", quick
+    for axis in ("none", "model", "sequence"):
+        yield prefill, cores, axis, quick
 
 
 def main():
@@ -155,14 +164,23 @@ def main():
 
 def describe(function, devices, *rest):
     """What a point measured -> dict."""
-    keys = {"scan": ("what", "pass", "shape"), "train_step": ("task", "quick")}
+    keys = {
+        "scan": ("what", "pass", "shape"),
+        "train_step": ("task", "quick"),
+        "prefill": ("axis", "quick"),
+    }
     return {"measured": function, "devices": devices} | dict(zip(keys.get(function, ()), rest))
 
 
 def compare(results, cores):
     """What the module is held to."""
     ms = {
-        (r["measured"], r["devices"], r.get("what", r.get("task")), r.get("pass")): r["min_ms"]
+        (
+            r["measured"],
+            r["devices"],
+            r.get("what", r.get("task", r.get("axis"))),
+            r.get("pass"),
+        ): r["min_ms"]
         for r in results
     }
     forward, both = PASSES
@@ -177,6 +195,9 @@ def compare(results, cores):
     for task in TRAINED:
         times = [ms["train_step", n, task, None] for n in (1, cores)]
         ratios[f"training step of {task}: one device / {cores}"] = times[0] / times[1]
+    for axis in ("none", "model", "sequence"):
+        times = [ms["prefill", 1, "none", None], ms["prefill", cores, axis, None]]
+        ratios[f"prefill: one device / {cores} along {axis}"] = times[0] / times[1]
     return {name: round(value, 2) for name, value in ratios.items()}
 
 

@@ -8,17 +8,21 @@ that `from_pretrained` reads. Each form is loaded in processes of its own. One p
 peak memory: its growth since the imports, over the size of the parameters. Several measure the
 time, and the shortest counts. For comparison, the same process reads the same files from the page
 cache, once into memory that was allocated and touched before ("read"), and once into memory that is
-new to the process, as that of the parameters is ("fresh read"). Linux only, because it needs /proc.
-Writes benchmarks/results/loading.json.
+new to the process, as that of the parameters is ("fresh read"). And two processes load the model
+together, each its own half of every matrix ("of_one_process": the larger peak). Linux only, because
+it needs /proc. Writes benchmarks/results/loading.json.
 """
 
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +30,7 @@ from _report import write
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "loading.json"
+PROCESSES = 2  # that share a model, each with a part of every matrix
 REPEATS = 5  # processes that measure the time of each form; the shortest time counts
 SHARDS = 3
 sys.path.insert(0, str(ROOT))  # for tests.helpers
@@ -88,18 +93,28 @@ def transformers_keys(config):
 
 
 def measure(folder, what):
-    """Load once in this process -> its peak memory, or its times."""
+    """Load once in this process -> its peak memory, or its times.
+
+    what: "time", "memory", or the port and the number of one of PROCESSES that share the model.
+    """
     import jax
     import jax.numpy as jnp
 
     from mamba import Mamba
 
+    port, _, process = what.partition(" ")
+    options = {}
+    if process:  # each process holds a part of every matrix
+        jax.distributed.initialize(f"localhost:{port}", PROCESSES, int(process))
+        from mamba.parallel import make_mesh, parameter_shardings
+
+        options["shardings"] = partial(parameter_shardings, mesh=make_mesh(model=PROCESSES))
     jnp.zeros(1).block_until_ready()
     Mamba.from_pretrained(ROOT / "mamba" / "weights" / "pystdlib")  # to have all imports done
-    if what == "memory":
+    if what == "memory" or process:
         before = status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now
-        _, params = Mamba.from_pretrained(folder)
+        _, params = Mamba.from_pretrained(folder, **options)
         jax.block_until_ready(params)
         peak = status("VmHWM") - before
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -145,6 +160,16 @@ def status(key):
     raise KeyError(key)
 
 
+def in_processes(folder):
+    """The largest peak of PROCESSES that load the model together, in bytes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    with ThreadPoolExecutor() as pool:
+        parts = pool.map(lambda i: in_child(folder, f"{port} {i}"), range(PROCESSES))
+        return max(part["peak_bytes"] for part in parts)
+
+
 def in_child(folder, what):
     command = [sys.executable, str(Path(__file__).resolve()), "--measure", str(folder), what]
     env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
@@ -176,6 +201,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for form in write_forms(Path(folder), config):
             memory = in_child(Path(folder) / form, "memory")
+            memory["peak_bytes_of_one_process"] = in_processes(Path(folder) / form)
             times = [in_child(Path(folder) / form, "time") for _ in range(repeats)]
             results.append(
                 {"form": form}
@@ -183,6 +209,9 @@ def main():
                 | {
                     "file_bytes": times[0]["file_bytes"],
                     "peak_over_weights": round(memory["peak_bytes"] / memory["weights_bytes"], 3),
+                    "of_one_process_over_weights": round(
+                        memory["peak_bytes_of_one_process"] / memory["weights_bytes"], 3
+                    ),
                 }
                 | {
                     key: round(min(t[key] for t in times), 4)
@@ -193,7 +222,8 @@ def main():
             for key in ("read", "fresh_read"):
                 row[f"load_over_{key}"] = round(row["load_s"] / row[f"{key}_s"], 3)
             print(
-                f"{form:42s} peak {row['peak_over_weights']:.2f} × weights   load "
+                f"{form:42s} peak {row['peak_over_weights']:.2f} × weights, in each of "
+                f"{PROCESSES} processes {row['of_one_process_over_weights']:.2f}   load "
                 f"{row['load_s']:.3f} s = {row['load_over_read']:.2f} × reading, "
                 f"{row['load_over_fresh_read']:.2f} × reading into fresh memory",
                 flush=True,

@@ -127,7 +127,9 @@ class Mamba(nn.Module):
         return tuple(self.config.zero_state(batch) for _ in range(self.config.n_layer))
 
     @classmethod
-    def from_pretrained(cls, name, *, revision=None, dtype=jnp.float32, cache_dir=None):
+    def from_pretrained(
+        cls, name, *, revision=None, dtype=jnp.float32, cache_dir=None, shardings=None
+    ):
         """Load a published model, or a saved one -> (model, params).
 
         Args:
@@ -138,6 +140,9 @@ class Mamba(nn.Module):
             dtype: float32, bfloat16 or float16: of the matrices and of the products with them.
                 Norms, A_log, D, the biases of Δ, B and C, and MIMO's weights stay float32.
             cache_dir: folder to use instead of the hub's own cache.
+            shardings: how the parameters lie on several devices, a function of their shapes such as
+                ``partial(parameter_shardings, mesh=mesh)`` (``mamba.parallel``). Each process then
+                reads only what its own devices hold. None: all of it, on JAX's default device.
 
         NaN or infinity in the weights is loaded, with a warning that names the tensor.
 
@@ -147,7 +152,7 @@ class Mamba(nn.Module):
             PermissionError: a gated repository.
             ValueError: (CheckpointError) a file that is broken, or holds another model than ours.
         """
-        config, params = load_checkpoint(name, revision, dtype, cache_dir)
+        config, params = load_checkpoint(name, revision, dtype, cache_dir, shardings)
         return cls(config), params
 
     def save_pretrained(self, params, folder, *, naming=None):

@@ -4,14 +4,13 @@
 are converted a few at a time, so that memory holds the model once and little more.
 """
 
-import math
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mamba.checkpoint.files import read_tensors, shard_names
 from mamba.checkpoint.hub import CONFIG, WEIGHTS, find_source
@@ -25,7 +24,7 @@ CONVERTED_BYTES = 2**20  # in one step, so that it stays in the processor's cach
 COMPARED_ROWS = 64  # in one step
 
 
-def load_checkpoint(name, revision, dtype, cache_dir):
+def load_checkpoint(name, revision, dtype, cache_dir, shardings=None):
     """Load a folder or a hub repository -> (config, params). See ``Mamba.from_pretrained``.
 
     Args:
@@ -33,6 +32,7 @@ def load_checkpoint(name, revision, dtype, cache_dir):
         revision: a branch, tag or commit of the repository; None for its main branch.
         dtype: float32, bfloat16 or float16, of the matrices.
         cache_dir: folder for the hub's files; None for the hub's own cache.
+        shardings: see ``read_params``.
 
     Raises:
         ValueError: another dtype; and (CheckpointError) files that are not a Mamba checkpoint.
@@ -47,11 +47,18 @@ def load_checkpoint(name, revision, dtype, cache_dir):
     if weights.name.endswith(".index.json"):
         for shard in shard_names(weights):
             source.require(shard)
-    return config, read_params(weights, config)
+    return config, read_params(weights, config, shardings)
 
 
-def read_params(path, config):
+def read_params(path, config, shardings=None):
     """Read the weights at ``path`` -> nested dict of the parameters of Mamba(config).
+
+    Args:
+        path: of the file, or of the index of several.
+        config: the configuration that they must agree with.
+        shardings: a function, the shapes of the parameters -> their shardings, in the same tree.
+            Each process then reads only what its own devices hold. None: everything, for JAX's
+            default device.
 
     No memory is allocated before the names, shapes and dtypes of all tensors agree with ``config``.
     NaN and infinity are loaded, with a warning that names the tensors.
@@ -74,13 +81,28 @@ def read_params(path, config):
         {spec.name: (spec.shape, jnp.floating) for spec in specs},
         {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()},
     )
+    dtypes = {spec.path: jnp.dtype(jnp.float32 if spec.float32 else config.dtype) for spec in specs}
+    layout = dict.fromkeys(dtypes)  # {path: sharding, or None}
+    if shardings is not None:
+        shapes = {s.path: jax.ShapeDtypeStruct(s.our_shape, dtypes[s.path]) for s in specs}
+        layout = flatten_dict(shardings(unflatten_dict(shapes, sep=".")), sep=".")
     if head is not None:
-        _check_tied(path, head, tensors[specs[0].name])
+        _check_tied(path, head, tensors[specs[0].name], layout[specs[0].path])
 
     def convert(spec):
-        dtype = jnp.float32 if spec.float32 else config.dtype
-        array, finite = _convert(tensors[spec.name].read(), spec, jnp.dtype(dtype))
-        return jax.device_put(array), finite
+        finite, sharding = [], layout[spec.path]
+
+        def part(index):
+            values, dtype = tensors[spec.name].read(), dtypes[spec.path]
+            array, good = _convert(values, spec, dtype, index)
+            finite.append(good)
+            return array
+
+        if sharding is None:
+            array = jax.device_put(part(...))
+        else:
+            array = jax.make_array_from_callback(spec.our_shape, sharding, part)
+        return array, all(finite)
 
     with ThreadPoolExecutor(CONVERTER_THREADS) as pool:
         arrays = list(pool.map(convert, specs))
@@ -92,18 +114,22 @@ def read_params(path, config):
     return unflatten_dict(params, sep=".")
 
 
-def _convert(values, spec, dtype):
-    """A tensor of a file -> (our array, whether all its numbers are finite).
+def _convert(values, spec, dtype, index=...):
+    """A part of a tensor of a file -> (our array, whether all its numbers are finite).
+
+    index: of the part, in our array; ...: all of it.
 
     The array is a copy, because the file may be mapped into memory and may change or go away. It
     begins at a multiple of 64 bytes, so that JAX on a CPU uses it as it is, without another copy.
     """
     if spec.transpose:
         values = values.reshape(spec.shape[0], spec.shape[-1])
-    nbytes = math.prod(spec.shape) * dtype.itemsize
+    values = values[index[::-1] if spec.transpose and index is not ... else index]
+    nbytes = values.size * dtype.itemsize
     memory = np.empty(nbytes + 64, np.uint8)
     begin = -memory.ctypes.data % 64
-    array = memory[begin : begin + nbytes].view(dtype).reshape(spec.our_shape)
+    shape = values.shape[::-1] if spec.transpose else values.shape
+    array = memory[begin : begin + nbytes].view(dtype).reshape(shape)
     target, finite = array.T if spec.transpose else array, True
     step = max(1, CONVERTED_BYTES // (values[:1].size * dtype.itemsize))
     for start in range(0, len(values), step):
@@ -114,13 +140,20 @@ def _convert(values, spec, dtype):
     return array, finite
 
 
-def _check_tied(path, head, embedding):
+def _check_tied(path, head, embedding, sharding):
     """Raise CheckpointError if a tied checkpoint holds a head that differs from the embedding.
+
+    sharding: of the embedding; with one, the parts are compared that this process holds.
 
     A configuration that says nothing means a tied head, in the original code as in transformers. So
     it does here, and the weights are not used to guess what was meant.
     """
-    if head.shape != embedding.shape or not _equal(head.read(), embedding.read()):
+    parts = [...]
+    if sharding is not None:
+        parts = sharding.addressable_devices_indices_map(embedding.shape).values()
+    if head.shape != embedding.shape or not all(
+        _equal(head.read()[part], embedding.read()[part]) for part in parts
+    ):
         raise CheckpointError(
             f"{path}: lm_head.weight differs from the embedding, but config.json ties the two (it "
             "does so too when it says nothing). If the head is meant to be separate, set "

@@ -24,7 +24,7 @@ from mamba.train.devices import any_process, collect, gradient_over_devices, row
 from mamba.train.metrics import evaluate, masked_loss_sums
 from mamba.train.saves import Saves
 
-__all__ = ["History", "TrainState", "Trained", "train", "train_step"]
+__all__ = ["History", "TrainState", "Trained", "first_state", "train", "train_step"]
 
 LOG_EVERY = 10  # steps between two reads of the metrics; each read waits for the device
 PROGRESS_MEAN = 50  # steps whose mean the progress bar shows
@@ -149,7 +149,7 @@ def train(
         )
     model = model.clone(remat=remat)
     settings = {"seed": seed, "steps": steps} | (settings or {})
-    state = _first_state(model, optimizer, mesh, seed, shape[0] if carry else None)
+    state = first_state(model, optimizer, mesh, seed, shape[0] if carry else None)
     history, saves = History(), None
     with contextlib.ExitStack() as stack:
         if folder is not None:
@@ -226,7 +226,7 @@ class History:
         }
 
 
-def _first_state(model, optimizer, mesh, seed, rows):
+def first_state(model, optimizer, mesh, seed, rows):
     """The TrainState before the first step, laid out on the mesh. rows: of what is carried."""
 
     def initialize(key):
