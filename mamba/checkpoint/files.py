@@ -55,7 +55,8 @@ def read_tensors(path):
     if path.name.endswith(".index.json"):
         return _read_shards(path)
     if path.exists() and not path.is_file():  # to open a pipe would wait for ever
-        raise CheckpointError(f"{path}: {'a folder' if path.is_dir() else 'a device'}, not a file")
+        kind = "a folder" if path.is_dir() else "a pipe or a device"
+        raise CheckpointError(f"{path}: {kind}, not a file")
     with open(path, "rb") as file:
         start = file.read(40)
     named_safetensors = path.suffix == ".safetensors"

@@ -228,7 +228,7 @@ def test_the_content_is_on_disk_before_it_gets_the_name(tmp_path, monkeypatch):
 def test_a_pipe_or_a_folder_is_not_opened(tmp_path, name):
     path = tmp_path / name
     os.mkfifo(path)
-    with pytest.raises(CheckpointError, match="a device, not a file"):
+    with pytest.raises(CheckpointError, match="a pipe or a device, not a file"):
         read_tensors(path)
     path.unlink()
     path.mkdir()
