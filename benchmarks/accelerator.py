@@ -3,13 +3,13 @@
     python benchmarks/accelerator.py            # on a machine that has one
     python benchmarks/accelerator.py --quick    # small sizes on any machine: shows that it runs
 
-First whether the machine computes what the equations say (``_correct.py``); what does not is named,
-not measured, and the exit status is 1. Then how fast it reads and copies memory and computes
-exponentials, and the time of
-selective_scan by every method at the width of the 130m model, with the gate: forward, and with
-gradients; beside it the least time in which the inputs could be read and the outputs written, and
-how many times as long "associative" takes. Then the scans of Mamba-2 and Mamba-3; prefill and
-decoding of models with random weights, of the 130m shape and Mamba-3's 187m.
+First whether the machine computes what the equations say (``_correct.py``). What does not, or does
+not run at all, is named and not measured, and the exit status is 1. Then how fast it reads and
+copies memory and computes exponentials, and the time of selective_scan by every method at the width
+of the 130m model, with the gate: forward, and with gradients; beside it the least time in which the
+inputs could be read and the outputs written, and how many times as long "associative" takes. Then
+the scans of Mamba-2 and Mamba-3; prefill and decoding of models with random weights, of the 130m
+shape and Mamba-3's 187m.
 
 A time is that of one call among several in a row, at best. A call takes the host some 20 µs, so
 that nothing shorter is seen. A point is left out, and the reason recorded, where it would not fit
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # nothing need be 
 
 import jax
 import jax.numpy as jnp
-from _correct import checks, mosaic_scan
+from _correct import checks, has_mosaic, mosaic_scan
 from _measure import measure_model, read_bytes_per_s
 from _report import head, load_average, record, write
 from hardware import exponentials
@@ -124,7 +124,7 @@ def with_gradients(function):
 def scan_points(quick):
     """(what it is, the function, the shapes, the least bytes) for every point of selective_scan."""
     d, n = (64, 4) if quick else (WIDTH, STATES)
-    names = METHODS + ["mosaic"] * (jax.default_backend() == "gpu")
+    names = METHODS + ["mosaic"] * has_mosaic()
     for dtype in ["float32"] if quick else ["float32", "bfloat16"]:
         size = jnp.dtype(dtype).itemsize
         for b in [1] if quick else [1, 8]:
@@ -217,7 +217,7 @@ class Points:
         except Exception as error:
             if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
                 return what | {"skipped": "memory"}
-            return what | {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
+            return what | {"error": f"{type(error).__name__}: {str(error)[:200]}"}
         self.known[self.series(what)] = what["l"], ms
         limit = 1e3 * least / self.bytes_per_s
         return what | {"ms": float(f"{ms:.4g}"), "of_limit": float(f"{limit / ms:.3g}")}
@@ -261,7 +261,7 @@ def table(rows):
             name = r.get("method") or r["of"] + (f", r = {r['r']}" if r["r"] > 1 else "")
             start = f"| {r['dtype']} | {r['b']} | {r['l']:,} | {r['pass']} | {name} | "
             if "ms" not in r:
-                yield start + f"{r.get('skipped', 'failed')} | | |"
+                yield start + f"{r.get('skipped', 'does not run')} | | |"
                 continue
             times = r.get("faster_than_associative")
             times = f"{times:.3g}×" if times else ""
@@ -292,7 +292,7 @@ def measure(quick, until):
 
     for row in checks(quick):
         errors = ", ".join(f"{k} {v:.0e}" for k, v in row.items() if isinstance(v, float))
-        verdict = "right" if row["correct"] else "WRONG"
+        verdict = "right" if row["correct"] else "DOES NOT RUN" if "error" in row else "WRONG"
         say({"of": "check"} | row, f"{verdict}  {row['check']}  {row.get('error', errors)}")
     rates = limits(quick)
     giga = {name: f"{rate / 1e9:,.0f}" for name, rate in rates.items()}
@@ -341,15 +341,17 @@ def main():
     print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}")
     start = time.monotonic()
     rows = measure(args.quick, start + 60 * args.minutes)
-    wrong = [r for r in rows if r.get("correct") is False or "failed" in r]
+    broken = [r for r in rows if "error" in r]
+    wrong = [r for r in rows if r.get("correct") is False and r not in broken]
     print("\n".join(table(rows)))
-    for r in wrong:
-        print(f"WRONG: {r.get('check') or r}: {r.get('error', '')}")
+    for r in broken + wrong:
+        print("DOES NOT RUN" if r in broken else "WRONG", r)
     stats = device.memory_stats() or {}
     report = head(args.note, load, f"{device.device_kind} ({device.platform})") | {
         "platform": device.platform,
         "device_memory_bytes": stats.get("bytes_limit"),
         "correct": not wrong,
+        "does_not_run": sorted({r.get("check") or r.get("method", r["of"]) for r in broken}),
         "fastest": fastest(rows),
         "auto": method_for(device.platform),
         "minutes": round((time.monotonic() - start) / 60, 1),
@@ -362,7 +364,7 @@ def main():
     elif not args.quick:
         name = re.sub(r"[^a-z0-9]+", "-", device.device_kind.lower()).strip("-")
         record(f"accelerator/{name}-jax-{jax.__version__}", report, rows)
-    return bool(wrong)
+    return bool(wrong or broken)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,12 @@ def test_the_kit_checks_measures_and_writes(kit, monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "a" / "b.json").read_text("utf-8"))
     rows = report["results"]
-    assert report["correct"] and report["platform"] == "cpu" and "CPU only" not in report["device"]
+    assert (
+        report["correct"]
+        and not report["does_not_run"]
+        and report["platform"] == "cpu"
+        and "CPU only" not in report["device"]
+    )
     kinds = {row["of"] for row in rows}
     assert kinds == {"check", "limits", "scan", "model"}
     scans = [row for row in rows if row["of"] == "scan"]
