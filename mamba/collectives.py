@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["before_stretch", "from_left", "inputs_before", "vary_alike"]
+__all__ = ["announced", "before_stretch", "from_left", "inputs_before", "vary_alike"]
 
 
 def vary_alike(*trees):
@@ -37,6 +37,17 @@ def _varying_axes(v):
     kind = jax.typeof(v)
     kind = getattr(kind, "manual_axis_type", kind)  # before JAX 0.10 the type said it itself
     return getattr(kind, "varying", None) or getattr(kind, "vma", frozenset())
+
+
+def announced(shape, like):
+    """A float32 result of a shape, which varies as ``like`` does: so ``pallas_call`` wants it."""
+    if not (axes := _varying_axes(like)):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+    if hasattr(jax.sharding, "ManualAxisType"):
+        kind = {"manual_axis_type": jax.sharding.ManualAxisType(varying=axes)}
+    else:
+        kind = {"vma": axes}  # its name before JAX 0.10
+    return jax.ShapeDtypeStruct(shape, jnp.float32, **kind)
 
 
 def from_left(tree, axis, places=1):

@@ -38,6 +38,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
 from mamba.checks import check_axes, check_shapes
+from mamba.collectives import announced
 from mamba.kernels import CHUNK, backward_kernel, forward_kernel
 
 __all__ = ["GPU", "TPU", "Tiles", "pallas_scan"]
@@ -76,7 +77,9 @@ def pallas_scan(x, delta, A, B, C, D, z, h0, resets, interpret=None):
         h0: (b, n, d) state before the first token.
         resets: (b, l) bool, True discards the state before that token; or None.
         interpret: True runs the kernel as ordinary JAX operations; False compiles it, for a GPU or
-            a TPU only; None does what suits the platform that the program is lowered for.
+            a TPU only; None does what suits the platform that the program is lowered for. Inside
+            ``jax.shard_map``, interpretation needs ``check_vma=False``: JAX's interpreter of
+            kernels does not know which arrays vary from device to device.
 
     Returns:
         y: (b, l, d), and the state after the last token: (b, n, d). Differentiable in reverse mode,
@@ -126,7 +129,9 @@ def _call(kernel, inputs, outputs, tiles, interpret, reverse=False):
     inputs: pairs of an array's axes and the array, outputs: pairs of the axes and the shape; None
     for an array that this call does without. With reverse, k = 0 is the last tile of tokens.
     """
-    b, l, d = inputs[0][1].shape
+    like = inputs[0][1]
+    outputs = [(axes, shape and announced(shape, like)) for axes, shape in outputs]
+    b, l, d = like.shape
     w, tokens = math.gcd(tiles.channels, d), math.gcd(tiles.tokens or l, l)
 
     def spec(axes, array):
@@ -155,10 +160,6 @@ def _call(kernel, inputs, outputs, tiles, interpret, reverse=False):
     )(*(array for _, array in inputs))
 
 
-def _float32(*shape):
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
 @functools.partial(jax.jit, static_argnames=("tiles", "interpret", "save"))
 def _forward(x, delta, A, B, C, D, z, keep, h0, *, tiles, interpret, save):
     """-> y, h, and with save the state before every CHUNK tokens: (b, l / CHUNK, n, d)."""
@@ -166,9 +167,9 @@ def _forward(x, delta, A, B, C, D, z, keep, h0, *, tiles, interpret, save):
     axes = ["bld", "bld", "nd", "bln", "bln", "1d", "bld", "bln", "bnd"]
     inputs = list(zip(axes, (x, delta, A, B, C, D, z, keep, h0)))
     outputs = [
-        ("bld", _float32(b, l, d)),
-        ("bnd", _float32(b, n, d)),
-        ("bsnd", _float32(b, l // CHUNK, n, d) if save else None),
+        ("bld", (b, l, d)),
+        ("bnd", (b, n, d)),
+        ("bsnd", (b, l // CHUNK, n, d) if save else None),
     ]
     return _call(forward_kernel, inputs, outputs, tiles, interpret)
 
@@ -181,12 +182,12 @@ def _backward(x, delta, A, B, C, D, z, keep, starts, dy, dh, *, tiles, interpret
     axes = ["bld", "bld", "nd", "bln", "bln", "1d", "bld", "bln", "bsnd", "bld", "bnd"]
     inputs = list(zip(axes, (x, delta, A, B, C, D, z, keep, starts, dy, dh)))
     outputs = [
-        *[("bld", _float32(b, l, d))] * 2,  # dx, dΔ
-        ("bnd", _float32(b, n, d)),  # dA of each row
-        *[("bjln", _float32(b, j, l, n))] * 2,  # dB, dC of each tile of channels
-        ("b1d", _float32(b, 1, d)),  # dD of each row
-        ("bld", None if z is None else _float32(b, l, d)),  # dz
-        ("bnd", _float32(b, n, d)),  # dh0
+        *[("bld", (b, l, d))] * 2,  # dx, dΔ
+        ("bnd", (b, n, d)),  # dA of each row
+        *[("bjln", (b, j, l, n))] * 2,  # dB, dC of each tile of channels
+        ("b1d", (b, 1, d)),  # dD of each row
+        ("bld", None if z is None else (b, l, d)),  # dz
+        ("bnd", (b, n, d)),  # dh0
     ]
     dx, ddelta, dA, dB, dC, dD, dz, dh0 = _call(
         backward_kernel, inputs, outputs, tiles, interpret, reverse=True

@@ -103,7 +103,8 @@ def selective_scan(
     x, delta, A, B, C, D = (jnp.asarray(v, jnp.float32) for v in (x, delta, A, B, C, D))
     z = None if z is None else jnp.asarray(z, jnp.float32)
     h0 = jnp.zeros((b, d, n), jnp.float32) if h0 is None else jnp.asarray(h0, jnp.float32)
-    x, delta, A, B, C, D, z, h0 = vary_alike(x, delta, A, B, C, D, z, h0)
+    arrays = vary_alike(x, delta, A, B, C, D, z, h0, resets)
+    x, delta, A, B, C, D, z, h0, resets = arrays
 
     if l == 1:
         y, h = one_step(x, delta, A, B, C, h0, resets)  # (b, 1, d), (b, d, n)

@@ -105,7 +105,7 @@ def ssd(
     dtype = x.dtype
     x, delta, A, B, C = (jnp.asarray(v, jnp.float32) for v in (x, delta, A, B, C))
     state = jnp.zeros((b, h, p, n), jnp.float32) if h0 is None else jnp.asarray(h0, jnp.float32)
-    x, delta, A, B, C, state = vary_alike(x, delta, A, B, C, state)
+    x, delta, A, B, C, state, resets = vary_alike(x, delta, A, B, C, state, resets)
     u, log_a = delta[..., None] * x, delta * A  # (b, l, h, p), (b, l, h)
     if resets is not None:
         log_a = jnp.where(resets[..., None], -jnp.inf, log_a)  # a reset: a step that forgets all

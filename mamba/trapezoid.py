@@ -140,7 +140,7 @@ def trapezoidal_scan(
     T = min(l, max(1, ROWS // r) if chunk is None else check_chunk(chunk))
 
     dtype, real = x.dtype, delta != 0  # (b, l, h); where it is 0, no gradient comes from there
-    arrays = vary_alike(*inputs.values(), state)
+    *arrays, resets = vary_alike(*inputs.values(), state, resets)
     x, delta, A, lam, B, C, theta, state = jax.tree.map(jnp.float32, arrays)
     delta, theta = jnp.where(real, delta, 0.0), jnp.where(real[..., None], theta, 0.0)
     log_a, before, now = delta * A, (1 - lam) * delta, lam * delta  # log α, β / α, γ
