@@ -124,6 +124,6 @@ def test_a_block_is_one_screen(name):
 def test_files_are_small():
     lengths = {path: len(path.read_text("utf-8").splitlines()) for path in FILES.values()}
     assert {str(p.relative_to(ROOT)): n for p, n in lengths.items() if n > 300} == {}
-    assert len(list((ROOT / "mamba").glob("*.py"))) <= 22
+    assert len(list((ROOT / "mamba").glob("*.py"))) <= 23
     tests = {p: len(p.read_text("utf-8").splitlines()) for p in (ROOT / "tests").rglob("*.py")}
     assert {str(p.relative_to(ROOT)): n for p, n in tests.items() if n > 500} == {}
