@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mamba.checks import check_lengths, check_resets, check_state, check_tokens
+from mamba.model import Mamba
 
 __all__ = [
     "AXES",
@@ -219,7 +220,8 @@ def over_mesh(function, mesh, in_specs, out_specs):
 
 def on_stretches(model, mesh):
     """The model for one device inside ``over_mesh``: its scans cross the stretches of the mesh."""
-    return model.clone(axis="sequence" if mesh.shape["sequence"] > 1 else None)
+    axis = "sequence" if mesh.shape["sequence"] > 1 else None
+    return Mamba(model.config, axis, remat=model.remat)
 
 
 def lengths_here(mesh, tokens, lengths):

@@ -7,7 +7,7 @@ that was not.
 
 import contextlib
 import time
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -226,29 +226,34 @@ class History:
         }
 
 
-def first_state(model, optimizer, mesh, seed, rows):
-    """The TrainState before the first step, laid out on the mesh. rows: of what is carried."""
+def first_state(model, optimizer, mesh, seed, rows=None):
+    """The TrainState before the first step, laid out on the mesh.
+
+    model, optimizer, mesh: as ``train_step`` takes them. rows: of what is carried on, or None
+    """
+    return _initializer(model, optimizer, mesh, rows)(jax.random.key(seed))
+
+
+@cache
+def _initializer(model, optimizer, mesh, rows):
+    """The function behind ``first_state``, of a key; compiled once."""
 
     def initialize(key):
-        return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+        params = model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+        carried = None if rows is None else model.initial_state(rows)
+        return TrainState(jnp.int32(0), params, optimizer.init(params), carried)
 
     everywhere, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-    key = jax.random.key(seed)
-    shapes = jax.eval_shape(initialize, key)
-    layout = parameter_shardings(shapes, mesh)
-    params = jax.jit(initialize, out_shardings=layout)(key)
-    moments = optax.tree_utils.tree_map_params(
+    shapes = jax.eval_shape(initialize, jax.random.key(0))
+    layout = parameter_shardings(shapes.params, mesh)
+    moments = optax.tree_utils.tree_map_params(  # they lie as their parameters do
         optimizer,
         lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, shapes),
+        shapes.opt_state,
         layout,
         transform_non_params=lambda _: everywhere,
     )
-    opt_state = jax.jit(optimizer.init, out_shardings=moments)(params)
-    carried = None
-    if rows is not None:
-        carried = jax.jit(lambda: model.initial_state(rows), out_shardings=by_row)()
-    return TrainState(spread(np.int32(0), mesh), params, opt_state, carried)
+    return jax.jit(initialize, out_shardings=TrainState(everywhere, layout, moments, by_row))
 
 
 def _interrupted(interrupts, step):
