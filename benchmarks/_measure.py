@@ -110,36 +110,35 @@ def in_child(script, name, *arguments):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_by_part(name, measure_all, full, quick, parts=()):
+def run_by_part(name, measure, full, quick, parts=()):
     """The command of a benchmark that measures each point in a fresh process.
 
     Args:
         name: of the record.
-        measure_all: function of the sizes -> rows.
+        measure: function of the sizes -> rows; with parts, of those to measure and the sizes.
         full: the sizes of a measurement.
         quick: those of --quick, which writes nothing.
-        parts: what a row may be "of", if some can be measured alone; ``measure_all`` takes a list
-            of them before the sizes.
+        parts: the values of a row's "of", in the order of the record; --of measures some of them
+            and keeps the other rows.
     """
     script = sys.modules["__main__"]
     parser = argparse.ArgumentParser(description=script.__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes, writes nothing")
     parser.add_argument("--note", default="", help="what else ran on the machine meanwhile")
-    if parts:
-        parser.add_argument(
-            "--of", nargs="+", default=parts, choices=parts, help="measure these; keep other rows"
-        )
     parser.add_argument("--part", help=argparse.SUPPRESS)
+    if parts:
+        parser.add_argument("--of", nargs="+", default=parts, choices=parts, help="measure these")
     args = parser.parse_args()
     if args.part:
         function, *arguments = json.loads(args.part)
         return print(json.dumps(getattr(script, function)(*arguments)))
-    before, results = load_average(), []
-    sizes = quick if args.quick else full
-    if parts and set(args.of) != set(parts):
-        recorded = json.loads((FOLDERS[0] / f"{name}.json").read_text(encoding="utf-8"))
-        results = [row for row in recorded["results"] if row["of"] not in args.of]
-    for row in measure_all(args.of, *sizes) if parts else measure_all(*sizes):
+    before, results, sizes = load_average(), [], quick if args.quick else full
+    if parts:
+        if set(args.of) != set(parts):
+            recorded = json.loads((FOLDERS[0] / f"{name}.json").read_text(encoding="utf-8"))
+            results = [row for row in recorded["results"] if row["of"] not in args.of]
+        sizes = (args.of, *sizes)
+    for row in measure(*sizes):
         print(json.dumps(row), flush=True)
         results.append(row)
     if parts:
