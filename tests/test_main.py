@@ -212,14 +212,16 @@ def test_float16_weights(run, folder):
     assert code == 0 and out.startswith("def")
 
 
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.usefixtures("heeded")
-def test_ctrl_c_inside_a_callback_is_not_lost(run, captured):
+def test_a_signal_inside_a_callback_is_not_lost(run, captured, number, expected):
     """JAX prints and drops what is raised inside its callbacks; the text must end all the same."""
+    before = signal.getsignal(number)
 
     def texts():
         yield "one "
         try:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         except KeyboardInterrupt:
             pass
         yield "two"
@@ -227,8 +229,8 @@ def test_ctrl_c_inside_a_callback_is_not_lost(run, captured):
 
     captured.texts = texts()
     code, out, _ = run("a")
-    assert (code, out) == (130, "aone ")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert (code, out) == (expected, "aone ")
+    assert signal.getsignal(number) is before
 
 
 def test_a_character_that_the_terminal_lacks(run, captured, monkeypatch):

@@ -134,6 +134,12 @@ def test_a_run_may_get_more_steps(tmp_path):
     assert data["settings"]["steps"] == 14 and [row[0] for row in data["curve"]][-1] == 14
 
 
+def test_work_that_cannot_be_divided(capsys):
+    """Refused in one line, before the first step."""
+    assert command("selective-copying", "--batch", 3, "--accumulate", 2) == 1
+    assert "cannot be divided into 2 equal parts" in capsys.readouterr().err
+
+
 def test_help_of_a_task(capsys):
     """It has the task's own flags and presets, and no other task's."""
     shown = {}
@@ -171,6 +177,13 @@ def test_help_of_a_task(capsys):
         ("selective-copying --save-every 0", "--save-every must be at least 1"),
         ("selective-copying --resume", "--resume needs --out"),
         ("selective-copying --seed -1", "--seed must lie in [0, 2^32), got -1"),
+        ("selective-copying --mesh data=2,rows=3", "expected axes of data, sequence, model"),
+        ("selective-copying --mesh data=2,data=2", "expected axes of data, sequence, model"),
+        ("selective-copying --mesh data=x", "expected numbers of devices, got data=x"),
+        ("selective-copying --mesh data=512", "a mesh of 512 × 1 × 1 needs 512 devices"),
+        ("selective-copying --accumulate 0", "--accumulate must be at least 1, got 0"),
+        ("selective-copying --process-id 0", "--process-id need --coordinator-address"),
+        ("selective-copying --coordinator-address a:1", "needs --num-processes and --process-id"),
         ("selective-copying --devices 0", "expected auto, or at least 1, got 0"),
         ("selective-copying --devices 99", "JAX has started already, with "),
         ("selective-copying --out README.md", "--out README.md: cannot write there"),
