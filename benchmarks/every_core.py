@@ -41,27 +41,28 @@ def scan(devices, what, which, shape):
 
     mamba.use_every_core(devices)
     import jax
-    from jax.sharding import Mesh
+    from jax.sharding import Mesh, NamedSharding
     from jax.sharding import PartitionSpec as P
 
     from mamba.cores import over_channels
 
+    mesh = Mesh(np.array(jax.devices()), ("channels",))
+    last, first, none = P(None, None, "channels"), P("channels"), P()
+    specs = (last, last, first, none, none, first)  # x, Δ, A, B, C, D
     run = {"scan": mamba.selective_scan, "exponentials": exponentials, "plain": plain}[what]
     if devices > 1 and what == "scan":
         run = over_channels(run)
     elif devices > 1:  # the exponentials of each device's channels, added up apart
-        mesh = Mesh(np.array(jax.devices()), ("channels",))
-        one, c = P(None, None, "channels"), P("channels")
-        run = jax.shard_map(
-            lambda *v: exponentials(*v)[None],
-            mesh=mesh,
-            in_specs=(one, one, c, P(), P(), c),
-            out_specs=c,
-        )
+        apart = lambda *v: exponentials(*v)[None]  # noqa: E731
+        run = jax.shard_map(apart, mesh=mesh, in_specs=specs, out_specs=first)
     function = run
     if which == "forward+backward":
         function = jax.value_and_grad(lambda *v: (run(*v) ** 2).sum(), argnums=range(6))
-    inputs = jax.block_until_ready(jax.device_put(random_inputs(*shape)))
+    inputs = [  # where the scan needs them: nothing is copied before it
+        jax.device_put(v, NamedSharding(mesh, spec))
+        for v, spec in zip(random_inputs(*shape), specs, strict=True)
+    ]
+    jax.block_until_ready(inputs)
     compiled = jax.jit(function).lower(*inputs).compile()
     return best(lambda: jax.block_until_ready(compiled(*inputs)))
 

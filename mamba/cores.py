@@ -62,7 +62,8 @@ def over_channels(scan):
         y = jax.jit(over_channels(selective_scan))(x, delta, A, B, C, D)
 
     The channels do not depend on each other, so the devices exchange nothing; in the backward pass
-    they add up the gradients of what all channels share.
+    they add up the gradients of what all channels share. Arrays that lie on one device are first
+    copied to all of them, each its part.
 
     Args:
         scan: ``selective_scan``, ``ssd`` or ``trapezoidal_scan``.
