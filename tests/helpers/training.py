@@ -104,7 +104,7 @@ def on_these_devices():
         text.held_out,
         task.curve,
         task.held_out,
-        *(other.curve for other in others),
+        other.curve,
     ]
     return shared, [curve.tolist() for curve in curves]
 
