@@ -71,7 +71,7 @@ def before_stretch(join, start, own, axis):
     """What all stretches before each device's own do together: a scan over devices.
 
     In round k a device hears from the one 2^k places to its left, and knows twice as many stretches
-    afterwards: ⌈log₂ D⌉ messages for D devices, each of one element, whatever a stretch's length.
+    afterwards: ⌈log₂ K⌉ messages for K devices, each of one element, whatever a stretch's length.
 
     Args:
         join: (left, right) -> an element, associative.
@@ -83,16 +83,15 @@ def before_stretch(join, start, own, axis):
         start ∘ own₀ ∘ … ∘ ownᵢ₋₁ on device i.
     """
     start, own = vary_alike(start, own)
-    place, reach = jax.lax.axis_index(axis), 1
+    place, reach = jax.lax.axis_index(axis), 1  # stretches that a device knows, its own included
     choose = lambda this, new, old: jax.tree.map(lambda a, b: jnp.where(this, a, b), new, old)  # noqa: E731
-    own = choose(place == 0, join(start, own), own)
-    before, known = start, own  # of up to 0 and 1 stretches
+    known = own = choose(place == 0, join(start, own), own)  # the first begins from `start`
+    before = start
     while reach < jax.lax.axis_size(axis):
-        heard = from_left(known, axis, reach)  # of the `reach` stretches before those known
-        if reach == 1:
-            before = choose(place == 0, start, heard)
-        else:
-            before = choose(place < reach, before, join(heard, before))
+        heard = from_left(known, axis, reach)  # the stretches just before those known
+        # At the left end nobody speaks: there, what is known reaches back to `start` already.
+        longer = heard if reach == 1 else join(heard, before)
+        before = choose(place < reach, before, longer)
         known, reach = choose(place == 0, own, join(before, own)), 2 * reach
     return before
 

@@ -65,7 +65,8 @@ def make_mesh(*, data=1, sequence=1, model=1, devices=None):
     Args:
         data: parts of a batch's rows.
         sequence: stretches of every row.
-        model: parts of the parameters.
+        model: parts of the parameters; for more than 1, JAX 0.6 needs
+            JAX_USE_SHARDY_PARTITIONER=1 in the environment.
         devices: a list of JAX devices; None: the first data · sequence · model of them.
 
     Raises:

@@ -101,10 +101,11 @@ def join_turned(pairs, left, right):
 
     h = a′ (h + write′ x ⊗ B̃) + R(θ) h′
     """
-    kept = lambda v: jnp.where(right.a.reshape(*v.shape[:2], *[1] * (v.ndim - 2)) == 0, 0.0, v)  # noqa: E731
+    kept = lambda v: jnp.where(right.a[..., None, None] == 0, 0.0, v)  # noqa: E731
     h = kept(left.h + outer(right.write, left.x, left.B)) * right.a[..., None, None]
     theta = jnp.where(right.anew[..., None], 0.0, left.angle)[..., None, :]  # (b, h, 1, s)
-    turn = partial(rotate, cos=(t := cos_and_sin(theta))[0], sin=t[1], pairs=pairs)
+    cos, sin = cos_and_sin(theta)
+    turn = lambda v: rotate(v, cos, sin, pairs)  # noqa: E731
     empty = right.empty[..., None, None]
     return Turned(
         a=left.a * right.a,

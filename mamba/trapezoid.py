@@ -107,11 +107,10 @@ def trapezoidal_scan(
     Returns:
         y: (b, l, h, r, p) in x's dtype; with ``return_state``, (y, TrapezoidState).
 
-    Where Δ = 0, there is no token. The state passes through unchanged, also its angle and its last
-    B̃ and x, so that the next token finds the last real one; y is 0, and no gradient comes from
-    there. This is not the limit of small Δ: a token with a small Δ writes little at once, but the
-    next token finds it. The memory of a backward pass grows linearly in l. Forward-mode derivatives
-    (``jax.jvp``) exist for "recurrence" only.
+    Where Δ = 0, there is no token. All of the state passes through unchanged, so that the next token
+    finds the last real one; y is 0, and no gradient comes from there. This is not the limit of
+    small Δ: a token with a small Δ writes little at once, but the next token finds it. The memory
+    of a backward pass grows linearly in l. Only "recurrence" has ``jax.jvp``, forward-mode.
 
     Raises:
         ValueError: shapes that do not fit, a size of 0 other than s, more than n / 2 angles, an
@@ -174,7 +173,8 @@ def trapezoidal_scan(
 
 def outer(weight, x, B):
     """weight Σ_r x_r ⊗ B_r. (b, h), (b, h, r, p), (b, h, r, n) -> (b, h, p, n)"""
-    return jnp.einsum("bhrp,bhrn->bhpn", weight[..., None, None] * x, B)
+    x = weight[..., None, None] * x  # the sum is fused into the step, an einsum would not be
+    return sum(x[:, :, i, :, None] * B[:, :, i, None] for i in range(x.shape[2]))
 
 
 def trapezoid_step(pairs, state, inputs):

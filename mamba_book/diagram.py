@@ -228,7 +228,7 @@ GENERATIONS = {
         "labels": [
             (1.85, 8.5, "$x$", "x"),
             (5.05, 8.5, "$B, C$", "x"),
-            (6.0, 5.4, r"$\theta$", "delta"),
+            (6.0, 5.4, r"$\varphi$", "delta"),
             (6.35, 3.95, r"$\Delta, A, \lambda$", "delta"),
         ],
     },

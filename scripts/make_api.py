@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "book" / "api.md"
 READING_ORDER = (
     *("discretize", "lti", "scan", "chunked", "kernels", "pallas", "ssd", "rotation", "trapezoid"),
-    *("layers", "config", "mamba1", "mamba2", "mamba3", "model"),
+    *("collectives", "stretches"),
+    *("layers", "config", "mamba1", "mamba2", "mamba3", "model", "parallel"),
     *("checks", "cores", "interrupts", "checkpoint", "text", "train"),
 )
 HEAD = """\
