@@ -90,24 +90,21 @@ def on_these_devices():
     """What depends on the number of devices -> (how many rows are shared by how many, curves).
 
     The curves are those of a run on a task, whose rows are shared out, and of one on text, where
-    eight devices share rows, texts and parameters; of Mamba-2 and Mamba-3 as well.
+    eight devices share rows, texts and parameters; of Mamba-3 as well.
     """
     token_ids = [np.random.default_rng(0).integers(0, 8, 400).astype(np.int32)]
     mesh = make_mesh(data=2, sequence=2, model=2) if jax.device_count() == 8 else None
     less_memory = {"accumulate": 2, "remat": True}
     text = run(text_batches(token_ids, 8, 8), 8, carry=True, mesh=mesh, **less_memory)
     task = run(steps=12)
-    others = [
-        run(text_batches(token_ids, 8, 8), 8, model=model, carry=True, held_out=())
-        for model in (MODEL_2, MODEL_3)
-    ]
+    other = run(text_batches(token_ids, 8, 8), 8, model=MODEL_3, carry=True, held_out=())
     shared = [row_mesh(rows).size for rows in (1, 5, 6, 8, 12, 24, 17)]
     curves = [
         text.curve,
         text.held_out,
         task.curve,
         task.held_out,
-        *(other.curve for other in others),
+        other.curve,
     ]
     return shared, [curve.tolist() for curve in curves]
 
