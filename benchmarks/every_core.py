@@ -20,15 +20,12 @@ import argparse
 import json
 import os
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from _measure import best, in_child
-from _report import head, load_average, write
+from _report import head, load_average, record
 from scan import exponentials, plain, random_inputs
 
-ROOT = Path(__file__).resolve().parents[1]
-WRITTEN = [ROOT / path for path in ("benchmarks/results", "mamba_book/data")]
 LAYER, QUICK = (1, 2048, 1536, 16), (1, 128, 64, 16)  # (b, l, d, n)
 PASSES = ("forward", "forward+backward")
 TRAINED = ("selective-copying", "language-model")  # their laptop presets
@@ -159,8 +156,7 @@ def main():
     print(json.dumps(ratios, indent=1))
     if not args.quick:
         report = head(args.note, load) | {"cpu_devices": cores, "ratios": ratios}
-        for folder in WRITTEN:
-            write(folder / "every_core.json", report, results)
+        record("every_core", report, results)
 
 
 def describe(function, devices, *rest):
