@@ -7,7 +7,7 @@ import pytest
 from tests.helpers.book import ROOT, load_script
 
 NAMES = ["decays", "generate", "hardware", "kernel_records", "language_model", "scan", "ssd"]
-NAMES += ["state_tracking", "trapezoid"]
+NAMES += ["devices", "every_core", "state_tracking", "trapezoid"]
 
 
 @pytest.mark.parametrize("name", NAMES)
