@@ -102,7 +102,12 @@ def _parser():
     add = parser.add_argument
     version = f"jax-mamba {getattr(mamba, '__version__', '?')}"
     add("--version", action="version", version=version)
-    add("prompt", nargs="?", help="the text to continue; if missing or -, read from standard input")
+    add(
+        "prompt",
+        nargs="?",
+        help="the text to continue; if missing or -, read from standard input (without the line "
+        "break at its end)",
+    )
     add("--model", default=EMBEDDED, metavar="NAME", help="local folder, or repository of the hub")
     add("--revision", metavar="REV", help="branch, tag or commit of the repository")
     add("--dtype", default="float32", choices=DTYPES, help="number format of the weights")

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from mamba.cores import use_every_core
-from mamba.parallel import make_mesh
+from mamba.parallel import check_divides, make_mesh
 from mamba.train.flags import LANGUAGE_MODEL, make_parser
 from mamba.train.presets import PRESETS
 
@@ -50,6 +50,12 @@ def _start_jax(args):
         jax.distributed.initialize(args.coordinator_address, args.num_processes, args.process_id)
     elif args.num_processes is not None or args.process_id is not None:
         raise ValueError("--num-processes and --process-id need --coordinator-address")
+    needed = math.prod(args.mesh.values()) if args.mesh else 1
+    if needed > jax.device_count():
+        raise ValueError(
+            f"--mesh needs {needed} devices, and there are {jax.device_count()} (of a CPU, "
+            f"--devices {needed} makes as many)"
+        )
     args.mesh = args.mesh and make_mesh(**args.mesh)
     if args.mesh and jax.process_count() > 1 and args.mesh.size != jax.device_count():
         raise ValueError(
@@ -101,10 +107,13 @@ def _check(args, preset, selective):
         raise ValueError(f"--seed must lie in [0, 2^32), got {args.seed}")
     preset.config(selective)
     preset.optimizer()
+    shapes = {(preset.batch, preset.length)}  # of the batches
     if args.task != LANGUAGE_MODEL:
-        for length in (preset.length, *preset.lengths):
-            draw = partial(preset.draw, batch=preset.batch, length=length)
-            jax.eval_shape(draw, jax.eval_shape(jax.random.key, 0))
+        trained = {preset.length_at(step) for step in range(preset.steps)}
+        drawn = {length: _shape(preset, length) for length in sorted({*trained, *preset.lengths})}
+        shapes = {drawn[length] for length in trained}
+    for shape in sorted(shapes) if args.mesh else ():
+        check_divides(args.mesh, shape)
     if args.out and not _can_write_folder(Path(args.out)):
         raise ValueError(f"--out {args.out}: cannot write there")
     if args.results and not _can_write_file(Path(args.results)):
@@ -113,6 +122,12 @@ def _check(args, preset, selective):
         raise ValueError("--resume needs --out: the folder of the run to continue")
     if args.task == LANGUAGE_MODEL and not (args.text and args.out):
         raise ValueError("language-model needs --text, what to read, and --out, where to save")
+
+
+def _shape(preset, length):
+    """(b, l) of the batches that a task draws. Raises ValueError for sizes that it refuses."""
+    draw = partial(preset.draw, batch=preset.batch, length=length)
+    return jax.eval_shape(draw, jax.eval_shape(jax.random.key, 0)).tokens.shape
 
 
 def _can_write_folder(path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -10,6 +11,7 @@ from mamba import Mamba
 from mamba.checkpoint.hub import load_tokenizer
 from mamba.interrupts import Terminated
 from mamba.train import __main__ as train_main
+from mamba.train import arguments
 from mamba.train.corpus import bits_per_byte
 from mamba.train.experiment import evaluate_at, run
 from mamba.train.presets import PRESETS
@@ -156,7 +158,7 @@ def test_help_of_a_task(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("words", "message"),
     [
         ("copying --preset minute", "invalid choice: 'minute'"),
         ("", "TASK"),
@@ -180,7 +182,7 @@ def test_help_of_a_task(capsys):
         ("selective-copying --mesh data=2,rows=3", "expected axes of data, sequence, model"),
         ("selective-copying --mesh data=2,data=2", "expected axes of data, sequence, model"),
         ("selective-copying --mesh data=x", "expected numbers of devices, got data=x"),
-        ("selective-copying --mesh data=512", "a mesh of 512 × 1 × 1 needs 512 devices"),
+        ("selective-copying --mesh data=512", "--mesh needs 512 devices, and there are"),
         ("selective-copying --accumulate 0", "--accumulate must be at least 1, got 0"),
         ("selective-copying --process-id 0", "--process-id need --coordinator-address"),
         ("selective-copying --coordinator-address a:1", "needs --num-processes and --process-id"),
@@ -195,10 +197,25 @@ def test_help_of_a_task(capsys):
         ("language-model --text a --out x --selective B", "unrecognized arguments: --selective"),
     ],
 )
-def test_wrong_usage(arguments, message, capsys):
+def test_wrong_usage(words, message, capsys):
     with pytest.raises(SystemExit) as error:
-        train_main.main(arguments.split())
+        train_main.main(words.split())
     assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_mesh_that_does_not_divide_a_length_of_the_run_is_refused_before_it_begins(
+    monkeypatch, capsys
+):
+    """parity begins with sequences of 10 and ends with 16: of these, 5 devices divide the first."""
+    mesh = SimpleNamespace(shape={"data": 1, "sequence": 5}, size=5)
+    monkeypatch.setattr(arguments, "make_mesh", lambda **axes: mesh)
+    monkeypatch.setattr(jax, "device_count", lambda: 5)
+    words = "parity --preset minute --length {} --mesh sequence=5"
+    with pytest.raises(SystemExit):
+        arguments.read_arguments(words.format(16).split())
+    assert "'sequence' of 5 devices does not divide 16 tokens" in capsys.readouterr().err
+    args, _, _ = arguments.read_arguments(words.format(20).split())
+    assert args.mesh is mesh
 
 
 def test_language_model(tmp_path, capsys, monkeypatch):
