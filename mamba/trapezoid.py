@@ -107,7 +107,7 @@ def trapezoidal_scan(
     Returns:
         y: (b, l, h, r, p) in x's dtype; with ``return_state``, (y, TrapezoidState).
 
-    Where Δ = 0, there is no token. All of the state passes through unchanged, so that the next token
+    Where Δ = 0, there is no token. All the state passes through unchanged, so that the next token
     finds the last real one; y is 0, and no gradient comes from there. This is not the limit of
     small Δ: a token with a small Δ writes little at once, but the next token finds it. The memory
     of a backward pass grows linearly in l. Only "recurrence" has ``jax.jvp``, forward-mode.
