@@ -12,15 +12,11 @@ Each point is measured in a fresh process. Writes benchmarks/results/devices.jso
 mamba_book/data for chapter 13.
 """
 
-import argparse
-import json
 import time
 
 import numpy as np
-from _measure import ROOT, best, in_child
-from _report import head, load_average, write
+from _measure import best, in_child, run_by_part
 
-WRITTEN = [ROOT / path for path in ("benchmarks/results", "mamba_book/data")]
 DEVICES = [1, 2, 4, 8]
 BLOCKS = ["Mamba", "Mamba-2", "Mamba-3"]
 SHAPE = {"d_model": 64, "n_layer": 2, "vocab_size": 256}
@@ -139,25 +135,10 @@ def measure_all(memory_at, timed_at, million, shape):
     yield row | in_child(__file__, "measure_once", "Mamba", 8, million, shape)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes, writes nothing")
-    parser.add_argument("--note", default="", help="what else ran on the machine meanwhile")
-    parser.add_argument("--part", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.part:
-        name, *arguments = json.loads(args.part)
-        print(json.dumps(globals()[name](*arguments)))
-        return
-    load, results = load_average(), []
-    sizes = (512, 256, 1024, QUICK) if args.quick else (MEMORY_AT, TIMED_AT, MILLION, SHAPE)
-    for row in measure_all(*sizes):
-        print(row, flush=True)
-        results.append(row)
-    if not args.quick:
-        for folder in WRITTEN:
-            write(folder / "devices.json", head(args.note, load), results)
-
-
 if __name__ == "__main__":
-    main()
+    run_by_part(
+        "devices",
+        measure_all,
+        full=(MEMORY_AT, TIMED_AT, MILLION, SHAPE),
+        quick=(512, 256, 1024, QUICK),
+    )

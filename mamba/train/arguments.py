@@ -109,7 +109,9 @@ def _check(args, preset, selective):
     preset.optimizer()
     shapes = {(preset.batch, preset.length)}  # of the batches
     if args.task != LANGUAGE_MODEL:
-        trained = {preset.length_at(step) for step in range(preset.steps)}
+        trained = {preset.length}
+        if args.mesh:  # it must divide the shorter sequences, too, with which some tasks begin
+            trained |= {preset.length_at(step) for step in range(preset.steps)}
         drawn = {length: _shape(preset, length) for length in sorted({*trained, *preset.lengths})}
         shapes = {drawn[length] for length in trained}
     for shape in sorted(shapes) if args.mesh else ():
